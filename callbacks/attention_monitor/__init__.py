@@ -1,0 +1,47 @@
+"""See what attention heads do while a model trains.
+
+    from attention_monitor import AttentionMonitor
+    Trainer(callbacks=[AttentionMonitor(every_n_steps=100)])
+
+Names are imported when they are first used: ``import attention_monitor`` loads neither torch nor Lightning. No module
+of the package may have the name of one of them: importing it would put the module in the name's place.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "AttentionCall": "capturing",
+    "AttentionMonitor": "monitor",
+    "AttentionMonitorError": "errors",
+    "AttentionRecorder": "recorder",
+    "AttentionWarning": "recorder",
+    "NoAttentionError": "capturing",
+    "STATISTICS": "statistics",
+    "RowBlock": "statistics",
+    "Snapshot": "statistics",
+    "TextProbe": "probes",
+    "capture": "capturing",
+    "score_relations": "probes",
+    "statistic": "statistics",
+    "summarize": "statistics",
+}
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    from .capturing import AttentionCall, NoAttentionError, capture
+    from .errors import AttentionMonitorError
+    from .monitor import AttentionMonitor
+    from .probes import TextProbe, score_relations
+    from .recorder import AttentionRecorder, AttentionWarning
+    from .statistics import STATISTICS, RowBlock, Snapshot, statistic, summarize
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,127 @@
+"""Numbers over time -> findings: what broke, in which head, at which step.
+
+A detector is one subclass of ``Detector``: it says which statistics it reads, which heads of a site are in trouble,
+and describes one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .statistics import Snapshot
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with one head at one step.
+
+    Attributes:
+        step: optimizer steps done before it was seen.
+        kind: the detector's name for it.
+        head: e.g. ``L03H05``, or ``encoder.attn/H05`` where layers are not a plain stack.
+        detail: the numbers, with the threshold that fired.
+    """
+
+    step: int
+    kind: str
+    head: str
+    detail: str
+
+
+class Detector(ABC):
+    """Reads per-head values of one site, statistic -> (H,). Subclasses register themselves."""
+
+    kind: ClassVar[str]
+    statistics: ClassVar[tuple[str, ...]]
+    advice: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        DETECTORS.append(cls)
+
+    @abstractmethod
+    def troubled(self, values: dict[str, Tensor]) -> Tensor:
+        """(H,) bool."""
+
+    @abstractmethod
+    def describe(self, values: dict[str, float]) -> str:
+        """The numbers of one head in trouble."""
+
+
+DETECTORS: list[type[Detector]] = []
+
+
+class NonFinite(Detector):
+    kind = "non-finite attention"
+    statistics = ("nonfinite_fraction",)
+    advice = (
+        "NaN or infinity in queries, keys or scores: look for an overflow in half precision, non-finite weights or "
+        "inputs, a learning rate that is too high; the lowest layer named is where it began."
+    )
+
+    def troubled(self, values: dict[str, Tensor]) -> Tensor:
+        return values["nonfinite_fraction"] > 0
+
+    def describe(self, values: dict[str, float]) -> str:
+        return f"{values['nonfinite_fraction']:.0%} of rows"
+
+
+class Collapsed(Detector):
+    kind = "collapsed attention"
+    statistics = ("collapse_fraction", "max_score")
+    advice = (
+        "More than half of the rows put over 0.95 of their weight on one key. A previous-token or induction head may "
+        "look like that and be healthy; with a growing max score or a loss that stalls it is entropy collapse, and a "
+        "lower learning rate, warm-up or QK-norm helps."
+    )
+
+    def troubled(self, values: dict[str, Tensor]) -> Tensor:
+        return values["collapse_fraction"] > 0.5
+
+    def describe(self, values: dict[str, float]) -> str:
+        return f"{values['collapse_fraction']:.0%} of rows, max score {values['max_score']:.4g}"
+
+
+def head_name(label: str, head: int) -> str:
+    """``L03H05`` in a plain stack of layers, ``encoder.attn/H05`` elsewhere."""
+    separator = "" if label[:1] == "L" and label[1:].isdigit() else "/"
+    return f"{label}{separator}H{head:02d}"
+
+
+class Diagnosis:
+    """Runs the detectors over snapshots; a head is reported when it gets into trouble, not while it stays there."""
+
+    def __init__(self) -> None:
+        self.detectors = [cls() for cls in DETECTORS]
+        self._in_trouble: set[tuple[str, str]] = set()
+
+    @property
+    def statistics(self) -> list[str]:
+        """What the detectors read."""
+        return list(dict.fromkeys(name for detector in self.detectors for name in detector.statistics))
+
+    def update(self, snapshot: Snapshot) -> list[Finding]:
+        """Findings that are new at this snapshot."""
+        found = list(self._all(snapshot))
+        new = [finding for finding in found if (finding.kind, finding.head) not in self._in_trouble]
+        self._in_trouble = {(finding.kind, finding.head) for finding in found}
+        return new
+
+    def explain(self, findings: list[Finding]) -> list[str]:
+        """A sentence or two for each kind of finding, naming step and heads."""
+        messages = []
+        for detector in self.detectors:
+            heads = [f"{f.head} ({f.detail})" for f in findings if f.kind == detector.kind]
+            if heads:
+                step = findings[0].step
+                messages.append(f"{detector.kind} at step {step} in {', '.join(heads)}. {detector.advice}")
+        return messages
+
+    def _all(self, snapshot: Snapshot) -> Iterator[Finding]:
+        for label, values in zip(snapshot.labels, snapshot.values, strict=True):
+            for detector in self.detectors:
+                for head in detector.troubled(values).nonzero().flatten().tolist():
+                    detail = detector.describe({name: float(value[head]) for name, value in values.items()})
+                    yield Finding(snapshot.step, detector.kind, head_name(label, head), detail)

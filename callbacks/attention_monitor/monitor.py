@@ -1,0 +1,153 @@
+"""The Lightning callback: when to look, on which rank, for how long. Everything else is elsewhere."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from .errors import AttentionMonitorError
+from .probes import TextProbe
+from .recorder import AttentionRecorder
+from .statistics import DEFAULT_STATISTICS, Snapshot, resolve_statistics
+from .writers import Writer, sink_for
+
+
+class AttentionMonitor(pl.Callback):
+    """Watches every attention head while a model trains.
+
+    At step 0, every ``every_n_steps`` optimizer steps and at the last step it takes per-head statistics of the real
+    training forward and draws the maps of a probe (without one, of the batch's first sequence). It writes them to the
+    trainer's loggers under the step that ``self.log`` uses, and warns when a head's attention is not finite or
+    collapses. Training is not changed: the loss curve is bit-identical on CPU, and nothing is installed in the model
+    between sampled steps. Under gradient accumulation the first batch of a sampled step is looked at.
+
+    Args:
+        every_n_steps: optimizer steps from one sample to the next.
+        probe: a text whose maps are drawn with its tokens, or a ``TextProbe``.
+        statistics: names from ``attention_monitor.STATISTICS``.
+        max_sequences: how many sequences of the batch the statistics are taken of.
+
+    Attributes:
+        first: the first live Snapshot of this run.
+        latest: the newest live Snapshot.
+
+    Raises:
+        AttentionMonitorError: on every_n_steps or max_sequences < 1 or an unknown statistic, at once; before training,
+            on a probe that cannot be encoded or that the model does not take.
+        NoAttentionError: when no attention call is seen at the first sampled step.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        probe: str | TextProbe | None = None,
+        statistics: Sequence[str] = DEFAULT_STATISTICS,
+        max_sequences: int = 4,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("max_sequences", max_sequences)):
+            if value < 1:
+                raise AttentionMonitorError(f"AttentionMonitor: {name} must be at least 1, got {value}.")
+        resolve_statistics(statistics)
+        self.every_n_steps, self.statistics, self.max_sequences = every_n_steps, list(statistics), max_sequences
+        self.probe = TextProbe(probe) if isinstance(probe, str) else probe
+        self.first: Snapshot | None = None
+        self.latest: Snapshot | None = None
+        self._recorder: AttentionRecorder | None = None
+        self._sampling = False
+        # Batches that ended in an optimizer step: the counter behind the x axis of ``self.log``. Lightning's own is
+        # private, and one behind after resuming from a checkpoint written at the end of a validation.
+        self._step: int | None = None
+        self._sampled_step = -1
+        self._last_step: float = math.inf
+        self._global_step_before = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._step, self._sampled_step = None, -1
+            self.first, self.latest = None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "sampled_step": self._sampled_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step, self._sampled_step = state_dict["step"], state_dict["sampled_step"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        probe = None
+        if self.probe is not None:
+            owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
+            probe = self.probe.encode(next((o.tokenizer for o in owners if hasattr(o, "tokenizer")), None))
+        if not trainer.loggers:
+            warnings.warn(
+                "AttentionMonitor: the trainer has no logger, so nothing is written; findings are still reported.",
+                stacklevel=2,
+            )
+        writer = Writer([sink_for(logger) for logger in trainer.loggers], self.statistics)
+        self._recorder = AttentionRecorder(pl_module, self.statistics, probe, self.max_sequences, writer)
+        self._recorder.check_probe(trainer.precision_plugin.forward_context())
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._step is None:  # no checkpoint, or one written without a monitor
+            self._step = trainer.global_step
+        try:
+            self._last_step = trainer.estimated_stepping_batches - 1
+        except MisconfigurationException:  # the accumulation changes between epochs
+            self._last_step = math.inf
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._global_step_before = trainer.global_step
+        step = self._step
+        assert step is not None
+        due = step % self.every_n_steps == 0 or step == self._last_step
+        if self._recorder is not None and due and step != self._sampled_step:
+            self._sampled_step = step
+            self._sampling = True
+            self._recorder.begin(step, trainer.precision_plugin.forward_context())
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+        if self._sampling and self._recorder is not None:
+            self._recorder.end_forward()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._step is not None
+        if self._sampling and self._recorder is not None:
+            self._sampling = False
+            self.latest = self._recorder.finish()
+            self.first = self.first or self.latest
+            if "normalized_entropy" in self.statistics:
+                entropy = self.latest.mean("normalized_entropy")
+                pl_module.log("entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
+        if trainer.global_step != self._global_step_before:
+            self._step += 1
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that was stopped early did not know its last step: draw at least the probe once more."""
+        if self._recorder is not None and self._step is not None and self._sampled_step < self._step - 1:
+            self._recorder.sample_probe(self._step, trainer.precision_plugin.forward_context())
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Leave the model as it was, and have everything on disk."""
+        self._sampling = False
+        if self._recorder is not None:
+            self._recorder.abort()
+            if self._recorder.writer is not None:
+                self._recorder.writer.close()
+            self._recorder = None

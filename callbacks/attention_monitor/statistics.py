@@ -1,0 +1,322 @@
+"""AttentionCall -> one number per head, in blocks of query rows, never the whole Q x K.
+
+A statistic is one decorated function: it gets a ``RowBlock`` and returns one number a row, (B, H, R). The engine
+reduces rows to heads. Notation: ``s_ij`` score of query i and key j as the model used it, ``p_ij`` its softmax over j,
+``n_i`` number of keys that row i may see.
+
+Shapes: B sequences, H heads, R rows of a block, K keys that some row of the block may see.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .capturing import AttentionCall
+from .errors import AttentionMonitorError
+
+# Scores held at a time: 4 MB in float32, so that a block and what is derived from it stay in cache.
+BLOCK_ELEMENTS = 1 << 20
+
+
+class RowBlock:
+    """Query rows ``start`` to ``stop`` of a call against the keys they may see; what is shared is computed once.
+
+    Attributes:
+        scores: (B, H, R, K), -inf where masked.
+        allowed: bool, broadcastable to ``scores``.
+        query_pos: (R,) position of each row.
+        key_pos: (K,) position of each key.
+    """
+
+    def __init__(self, call: AttentionCall, start: int, stop: int) -> None:
+        self.scores, self.allowed = call.scores(start, stop)
+        rows, keys = self.scores.shape[2:]
+        self.query_pos = torch.arange(start, start + rows, device=self.scores.device)
+        self.key_pos = torch.arange(keys, device=self.scores.device)
+        padded = call.padded_queries  # broadcastable to (B, H, Q)
+        self._padded = None if padded is None else padded[..., start:stop]
+
+    @cached_property
+    def n_keys(self) -> Tensor:
+        """n_i, broadcastable to (B, H, R)."""
+        return self.allowed.expand(*self.allowed.shape[:-1], self.key_pos.numel()).sum(-1)
+
+    @cached_property
+    def max_score(self) -> Tensor:
+        """max_j s_ij, (B, H, R)."""
+        return self.scores.amax(-1)
+
+    @cached_property
+    def _shifted(self) -> Tensor:  # s_ij - max_j s_ij: differences keep their digits however large the scores are
+        return self.scores - self.max_score[..., None]
+
+    @cached_property
+    def _exp(self) -> Tensor:
+        return self._shifted.exp()
+
+    @cached_property
+    def _sum_exp(self) -> Tensor:  # >= 1
+        return self._exp.sum(-1)
+
+    @cached_property
+    def lse(self) -> Tensor:
+        """ln sum_j exp s_ij, (B, H, R)."""
+        return self.max_score + self._sum_exp.log()
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """p_ij, (B, H, R, K)."""
+        return self._exp / self._sum_exp[..., None]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """lse_i - sum_j p_ij s_ij, (B, H, R), nats; finite exactly when q, scores and p of the row are."""
+        shifted = self._shifted.masked_fill(~self.allowed, 0)
+        return self._sum_exp.log() - (self._exp * shifted).sum(-1) / self._sum_exp
+
+    @cached_property
+    def expected_score(self) -> Tensor:
+        """sum_j p_ij s_ij, (B, H, R)."""
+        return self.lse - self.entropy
+
+    def weight_at(self, offset: int) -> Tensor:
+        """p at key position i + offset of each row i, (B, H, R); 0 where there is no such key."""
+        key = self.query_pos + offset
+        exists = (key >= 0) & (key < self.key_pos.numel())
+        row = torch.arange(key.numel(), device=key.device)
+        chosen = self._exp[:, :, row, key.clamp(0, self.key_pos.numel() - 1)] / self._sum_exp
+        return chosen.masked_fill(~exists, 0)
+
+    # Which rows count, bool, broadcastable to (B, H, R); named in @statistic(rows=...)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Rows that see a key and are not padding."""
+        rows = self.n_keys >= 1
+        return rows if self._padded is None else rows & ~self._padded
+
+    @cached_property
+    def informative(self) -> Tensor:
+        """Visible rows that see at least two keys: with fewer, the pattern can only be 1 at one place."""
+        return self.visible & (self.n_keys >= 2)
+
+    @cached_property
+    def informative_with_previous(self) -> Tensor:
+        """Informative rows other than the first position, before which there is nothing."""
+        return self.informative & (self.query_pos >= 1)
+
+
+RowFunction = Callable[[RowBlock], Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """An entry of the registry.
+
+    Attributes:
+        name: as in tags and configs.
+        function: RowBlock -> (B, H, R).
+        unit: of the value.
+        range: of the value.
+        reduce: how rows become a head's value.
+        rows: attribute of RowBlock that says which rows count.
+        self_attention_only: NaN for other calls.
+    """
+
+    name: str
+    function: RowFunction
+    unit: str
+    range: str
+    reduce: Literal["mean", "max"]
+    rows: str
+    self_attention_only: bool
+
+
+STATISTICS: dict[str, Statistic] = {}
+
+
+def statistic(
+    *,
+    unit: str,
+    range: str,
+    reduce: Literal["mean", "max"] = "mean",
+    rows: str = "informative",
+    self_attention_only: bool = False,
+) -> Callable[[RowFunction], RowFunction]:
+    """Register a function of a RowBlock as a statistic under its own name."""
+
+    def register(function: RowFunction) -> RowFunction:
+        name = function.__name__
+        STATISTICS[name] = Statistic(name, function, unit, range, reduce, rows, self_attention_only)
+        return function
+
+    return register
+
+
+@statistic(unit="nats", range="0..ln n_i")
+def entropy(block: RowBlock) -> Tensor:
+    """Shannon entropy of the row, -sum_j p ln p = lse_i - sum_j p_ij s_ij."""
+    return block.entropy
+
+
+@statistic(unit="1", range="0..1")
+def normalized_entropy(block: RowBlock) -> Tensor:
+    """Entropy over the most it can be, ln n_i: 1 exactly when the row is uniform over the keys it may see."""
+    return block.entropy / block.n_keys.to(block.scores.dtype).log()
+
+
+@statistic(unit="1", range="0..1", self_attention_only=True)
+def diagonal_mean(block: RowBlock) -> Tensor:
+    """Weight on the token itself, p_ii."""
+    return block.weight_at(0)
+
+
+@statistic(unit="1", range="0..1", rows="informative_with_previous", self_attention_only=True)
+def previous_token(block: RowBlock) -> Tensor:
+    """Weight on the token before, p_{i,i-1}."""
+    return block.weight_at(-1)
+
+
+@statistic(unit="1", range="0..1")
+def first_token(block: RowBlock) -> Tensor:
+    """Weight on the first key, p_{i,0}: the mass of an attention sink (Xiao et al. 2023; Gu et al. 2024)."""
+    return block._exp[..., 0] / block._sum_exp
+
+
+@statistic(unit="1", range="0..1")
+def max_weight(block: RowBlock) -> Tensor:
+    """Largest weight of the row, max_j p_ij; "confidence" in Voita et al. 2019."""
+    return 1 / block._sum_exp  # the largest of exp(s - max s) is 1
+
+
+@statistic(unit="fraction of rows", range="0..1")
+def collapse_fraction(block: RowBlock, threshold: float = 0.95) -> Tensor:
+    """Rows that put more than ``threshold`` of their weight on one key, max_j p_ij > 0.95."""
+    return (max_weight(block) > threshold).to(block.scores.dtype)
+
+
+@statistic(unit="score", range="-inf..inf", reduce="max", rows="visible")
+def max_score(block: RowBlock) -> Tensor:
+    """Largest score, max_j s_ij, and the largest over all rows: the "max attention logit" of QK-clip and QK-norm."""
+    return block.max_score
+
+
+@statistic(unit="fraction of rows", range="0..1", rows="visible")
+def nonfinite_fraction(block: RowBlock) -> Tensor:
+    """Rows with NaN or infinity in q_i, in the scores (other than masked -inf) or in p.
+
+    Unlike the other fractions it counts rows that see a single key too: a NaN must not hide there.
+    """
+    return (~block.entropy.isfinite()).to(block.scores.dtype)
+
+
+DEFAULT_STATISTICS = tuple(STATISTICS)
+
+
+def resolve_statistics(names: Sequence[str]) -> list[Statistic]:
+    """The registry's entries for ``names``.
+
+    Raises:
+        AttentionMonitorError: on a name that is not registered.
+    """
+    unknown = [name for name in names if name not in STATISTICS]
+    if unknown:
+        raise AttentionMonitorError(
+            f"Unknown statistic {', '.join(map(repr, unknown))}; known are {', '.join(sorted(STATISTICS))}."
+        )
+    return [STATISTICS[name] for name in names]
+
+
+class HeadTotals:
+    """Running totals over row blocks and calls of one site; ``values`` turns them into one number per head."""
+
+    def __init__(self, statistics: Iterable[Statistic]) -> None:
+        self.statistics = list(statistics)
+        self._n_heads = 0
+        self._totals: dict[str, Tensor] = {}  # (H,) float64: sum or maximum
+        self._counts: dict[str, Tensor] = {}  # (H,) float64: rows that count
+
+    def add(self, call: AttentionCall) -> None:
+        """Take in all rows of a call."""
+        B, H, Q, _ = call.query.shape
+        self._n_heads = H
+        rows = max(1, BLOCK_ELEMENTS // (B * H * call.key.shape[2]))
+        for start in range(0, Q, rows):
+            block = RowBlock(call, start, min(start + rows, Q))
+            for stat in self.statistics:
+                if call.is_self_attention or not stat.self_attention_only:
+                    self._add_rows(stat, stat.function(block), getattr(block, stat.rows))
+
+    def _add_rows(self, stat: Statistic, rows: Tensor, counts: Tensor) -> None:
+        counts = counts.expand_as(rows)  # (B, H, R)
+        n = counts.sum((0, 2), dtype=torch.float64)
+        if stat.reduce == "max":
+            total = rows.masked_fill(~counts, -torch.inf).amax((0, 2)).double()
+            previous = self._totals.get(stat.name)
+            total = total if previous is None else torch.maximum(previous, total)
+        else:
+            total = rows.masked_fill(~counts, 0).sum((0, 2), dtype=torch.float64) + self._totals.get(stat.name, 0)
+        self._totals[stat.name] = total
+        self._counts[stat.name] = n + self._counts.get(stat.name, 0)
+
+    def values(self) -> dict[str, Tensor]:
+        """statistic -> (H,) float32 on the CPU; NaN where no row counted."""
+        result = {}
+        for stat in self.statistics:
+            if stat.name not in self._totals:
+                result[stat.name] = torch.full((self._n_heads,), torch.nan)
+                continue
+            total, count = self._totals[stat.name].cpu(), self._counts[stat.name].cpu()
+            value = total / count if stat.reduce == "mean" else total
+            result[stat.name] = value.where(count > 0, torch.nan).float()
+        return result
+
+
+def summarize(call: AttentionCall, statistics: Sequence[str] = DEFAULT_STATISTICS) -> dict[str, Tensor]:
+    """Per-head statistics of one attention call.
+
+    Args:
+        call: from ``capture``.
+        statistics: names from the registry.
+
+    Returns:
+        statistic -> (H,), float32; means over the rows that count, NaN where none does.
+
+    Raises:
+        AttentionMonitorError: on an unknown statistic.
+    """
+    totals = HeadTotals(resolve_statistics(statistics))
+    with torch.no_grad():
+        totals.add(call)
+    return totals.values()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was seen at one step from one source.
+
+    Attributes:
+        step: optimizer steps done before it.
+        source: ``live`` or the probe's name.
+        labels: one for each site, in order of execution: ``L00`` or a module path.
+        sites: module paths.
+        values: for each site, statistic -> (H,).
+        patterns: for each site (H, Q, K) of one sequence, possibly pooled; empty if none was asked for.
+        tokens: labels of the positions, where known and not pooled.
+    """
+
+    step: int
+    source: str
+    labels: list[str]
+    sites: list[str]
+    values: list[dict[str, Tensor]]
+    patterns: list[Tensor] = field(default_factory=list)
+    tokens: list[str] | None = None
+
+    def mean(self, statistic: str) -> float:
+        """Mean over all heads of all sites that have a value; NaN if none has."""
+        return float(torch.cat([values[statistic] for values in self.values]).nanmean())

@@ -1,0 +1,202 @@
+"""Snapshots -> loggers. The only module that knows tags.
+
+    attention_{statistic}/L00H03     one head
+    attention_{statistic}/mean       mean over heads
+    attention_heads/{statistic}      layer x head matrix
+    attention_maps/{source}          every map in one picture
+
+Drawing and encoding happen on one background thread; what is given to it is drawn in order, and nothing is dropped:
+a caller that is too far ahead waits.
+"""
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from .diagnosis import head_name
+from .statistics import STATISTICS, Snapshot
+
+MAX_PENDING = 4  # snapshots waiting to be drawn
+
+
+class Sink(Protocol):
+    """Where a writer writes to."""
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None: ...
+
+    def layout(self, layout: dict[str, dict[str, list[str]]]) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+class TensorBoardSink:
+    """Writes to a ``torch.utils.tensorboard.SummaryWriter``, or one with its methods."""
+
+    def __init__(self, experiment: Any) -> None:
+        self.experiment = experiment
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        events = getattr(self.experiment, "file_writer", None)
+        if events is None:
+            for tag, value in values.items():
+                self.experiment.add_scalar(tag, value, step)
+        else:  # one event for hundreds of heads
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+            events.add_summary(summary, step)
+
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        self.experiment.add_image(tag, pixels, step, dataformats="HWC")
+
+    def layout(self, layout: dict[str, dict[str, list[str]]]) -> None:
+        charts = {
+            category: {name: ["Multiline", tags] for name, tags in lines.items()} for category, lines in layout.items()
+        }
+        self.experiment.add_custom_scalars(charts)
+
+    def flush(self) -> None:
+        self.experiment.flush()
+
+
+class LoggerSink:
+    """Writes to any Lightning logger: scalars through ``log_metrics``, pictures where it has ``log_image``."""
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        self.logger.log_metrics(values, step=step)
+
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        if hasattr(self.logger, "log_image"):
+            self.logger.log_image(key=tag, images=[pixels], step=step)
+
+    def layout(self, layout: dict[str, dict[str, list[str]]]) -> None:
+        pass  # only TensorBoard has it
+
+    def flush(self) -> None:
+        pass
+
+
+def sink_for(logger: Any) -> Sink:
+    """The sink for a Lightning logger."""
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image") and hasattr(experiment, "add_custom_scalars"):
+        return TensorBoardSink(experiment)
+    return LoggerSink(logger)
+
+
+class Writer:
+    """Writes snapshots to sinks.
+
+    Args:
+        sinks: where to.
+        statistics: names of those that are written.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], statistics: Sequence[str]) -> None:
+        self.sinks, self.statistics = list(sinks), list(statistics)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attention-monitor")
+        self._pending: deque[Future[None]] = deque()
+        self._reported: set[str] = set()
+        self._figures: dict[str, tuple[Any, Any]] = {}
+        self._layout_written = False
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write what the snapshot has: scalars and matrices of values, a mosaic of patterns."""
+        if not self.sinks:
+            return
+        values = scalar_values(snapshot, self.statistics)
+        for sink in self.sinks:
+            if isinstance(sink, LoggerSink):  # loggers are not made for threads
+                self._attempt(partial(sink.scalars, values, snapshot.step))
+        while len(self._pending) >= MAX_PENDING:
+            self._wait_for_oldest()
+        self._pending.append(self._executor.submit(self._write_in_background, snapshot, values))
+
+    def flush(self) -> None:
+        """Wait until everything is written; failures are warned about."""
+        while self._pending:
+            self._wait_for_oldest()
+
+    def close(self) -> None:
+        """Flush and end the thread."""
+        self.flush()
+        self._executor.shutdown()
+
+    def _wait_for_oldest(self) -> None:
+        self._attempt(self._pending.popleft().result)
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            if message not in self._reported:  # say it once, not at every step
+                self._reported.add(message)
+                warnings.warn(f"AttentionMonitor could not write: {message}", stacklevel=3)
+
+    def _write_in_background(self, snapshot: Snapshot, values: dict[str, float]) -> None:
+        images = self._draw(snapshot)
+        for sink in self.sinks:
+            if values and not isinstance(sink, LoggerSink):
+                sink.scalars(values, snapshot.step)
+            if values and not self._layout_written:
+                sink.layout(custom_scalars_layout(snapshot, self.statistics))
+            for tag, pixels in images.items():
+                sink.image(tag, pixels, snapshot.step)
+            sink.flush()
+        self._layout_written |= bool(values)
+
+    def _draw(self, snapshot: Snapshot) -> dict[str, np.ndarray]:
+        from .plots import HeadMatrix, Mosaic
+
+        images = {}
+        if snapshot.patterns:
+            maps = [pattern.numpy() for pattern in snapshot.patterns]
+            tag, title = f"attention_maps/{snapshot.source}", f"attention of every head: {snapshot.source}"
+            mosaic = self._figure(tag, Mosaic, [m.shape for m in maps], snapshot.labels, snapshot.tokens, title)
+            images[tag] = mosaic.draw(maps)
+        for name in self.statistics if any(snapshot.values) else ():
+            columns = [values[name].numpy() for values in snapshot.values]
+            tag, value_range = f"attention_heads/{name}", STATISTICS[name].range
+            matrix = self._figure(tag, HeadMatrix, [len(c) for c in columns], snapshot.labels, name, value_range)
+            images[tag] = matrix.draw(columns)
+        return images
+
+    def _figure(self, tag: str, make: Callable[..., Any], *layout: Any) -> Any:
+        """The figure for a tag, made anew only when its layout has changed."""
+        if tag not in self._figures or self._figures[tag][0] != layout:
+            self._figures[tag] = (layout, make(*layout))
+        return self._figures[tag][1]
+
+
+def scalar_values(snapshot: Snapshot, statistics: Sequence[str]) -> dict[str, float]:
+    """tag -> value of every head and the mean over heads; NaN is left out."""
+    tagged = {}
+    for name in statistics if any(snapshot.values) else ():
+        for label, values in zip(snapshot.labels, snapshot.values, strict=True):
+            for head, value in enumerate(values[name].tolist()):
+                tagged[f"attention_{name}/{head_name(label, head)}"] = value
+        tagged[f"attention_{name}/mean"] = snapshot.mean(name)
+    return {tag: value for tag, value in tagged.items() if not math.isnan(value)}
+
+
+def custom_scalars_layout(snapshot: Snapshot, statistics: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """For TensorBoard's Custom Scalars tab: statistic -> layer -> the tags of its heads."""
+    return {
+        name: {
+            label: [f"^attention_{name}/{head_name(label, head)}$" for head in range(len(values[name]))]
+            for label, values in zip(snapshot.labels, snapshot.values, strict=True)
+        }
+        for name in statistics
+    }

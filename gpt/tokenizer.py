@@ -1,0 +1,66 @@
+"""Tokenizers, all of them real ``tiktoken.Encoding`` objects: ``encode_ordinary``, ``decode``, ``n_vocab``."""
+
+import base64
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import requests
+import rustbpe
+import tiktoken
+
+from gpt import InputError
+
+TOKENIZERS = ("bpe", "gpt2", "bytes")
+
+# a word with the space before it, a number, a run of punctuation, or white space
+SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def load_gpt2() -> tiktoken.Encoding:
+    """GPT-2's own tokenizer. tiktoken downloads its two files once and caches them."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except requests.RequestException as error:
+        raise InputError(
+            "The tokenizer 'gpt2' needs the files vocab.bpe and encoder.json, which tiktoken downloads once and could "
+            "not reach: connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken cached them, "
+            "or use --data.tokenizer bpe, which is trained on your text and needs no download."
+        ) from error
+
+
+def load_bytes() -> tiktoken.Encoding:
+    """One token per UTF-8 byte."""
+    return tiktoken.Encoding(
+        "bytes", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+    )
+
+
+def load_bpe(texts: Iterable[str], vocab_size: int, cache_file: Path) -> tiktoken.Encoding:
+    """A byte-pair encoding trained on ``texts``, or read from ``cache_file`` if that exists.
+
+    Args:
+        texts: the corpus, in pieces; not touched when the cache is there.
+        vocab_size: largest number of tokens, at least 256; a corpus of few words yields fewer.
+        cache_file: in tiktoken's format, a line ``base64(token) rank`` for each token.
+    """
+    if vocab_size < 256:
+        raise InputError(f"vocab_size={vocab_size} is too small for a BPE: it needs the 256 bytes; give 256 or more.")
+    if not cache_file.is_file():
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(texts), vocab_size, pattern=SPLIT_PATTERN)
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in trainer.get_mergeable_ranks()]
+        replace_file(cache_file, b"".join(lines))
+    # not tiktoken.load.load_tiktoken_bpe: that keeps a second copy in the system's temporary folder, keyed by path
+    # alone, and would go on serving it after this file has changed
+    entries = [line.split() for line in cache_file.read_bytes().splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in entries}
+    return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also when two runs write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)

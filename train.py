@@ -1,0 +1,117 @@
+"""Train a small GPT and watch its heads: ``python train.py --config configs/tiny.yaml``."""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from attention_monitor import AttentionMonitor, AttentionMonitorError, capture, score_relations, summarize
+from gpt import InputError
+from gpt.data import TextDataModule
+from gpt.module import GPTModule
+from gpt.stories import write_stories
+
+HELD_OUT_STORIES, HELD_OUT_SEED = 200, 1_000_003  # a seed that the corpus does not use
+
+
+class CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a run to go on with.")
+        parser.link_arguments("model.block_size", "data.block_size")
+
+
+def main(args: Sequence[str] | None = None) -> CLI:
+    """Train as the command line says, then say what the heads have become."""
+    # windows are read from memory-mapped tokens: worker processes would only cost
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+    cli = CLI(
+        GPTModule,
+        TextDataModule,
+        run=False,
+        seed_everything_default=1337,
+        save_config_kwargs={"overwrite": True},
+        args=None if args is None else list(args),
+    )
+    ckpt_path = cli.config["ckpt_path"]
+    if ckpt_path is not None and not Path(ckpt_path).is_file():
+        raise InputError(f"The checkpoint {ckpt_path} does not exist; give the path of a .ckpt file to --ckpt_path.")
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    if cli.trainer.is_global_zero and not cli.trainer.interrupted:
+        report(cli, Console())
+    return cli
+
+
+def report(cli: CLI, console: Console) -> None:
+    """Print validation loss, what the heads have become, and how to look at them."""
+    validation_loss = cli.trainer.callback_metrics.get("val/loss")
+    if validation_loss is not None:
+        console.print(f"\nValidation loss: {validation_loss:.4f} nats per token")
+    for monitor in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(monitor, AttentionMonitor) and monitor.first and monitor.latest:
+            before, after = (s.mean("normalized_entropy") for s in (monitor.first, monitor.latest))
+            steps = f"step {monitor.first.step} to {monitor.latest.step}"
+            console.print(f"Mean normalized entropy of all heads: {before:.3f} -> {after:.3f} ({steps})")
+    if cli.datamodule.uses_stories:
+        console.print(relation_table(cli.model, cli.datamodule))
+    console.print(head_table(cli.model, cli.datamodule))
+    if cli.trainer.log_dir is not None:
+        console.print(f"See the heads:  tensorboard --logdir {cli.trainer.log_dir}", soft_wrap=True)
+
+
+def relation_table(model: GPTModule, data: TextDataModule) -> Table:
+    """The best head for each relation of the embedded stories, on stories that were not trained on."""
+    table = Table(title=f"Relations, on {HELD_OUT_STORIES} stories not trained on", title_justify="left")
+    for column in ("relation", "pairs", "best head", "accuracy", "best fixed offset"):
+        table.add_column(column, justify="left" if column in ("relation", "best head") else "right")
+    for score in score_relations(_annotated_patterns(model, data)):
+        layer, head = divmod(int(score.accuracy.argmax()), score.accuracy.shape[1])
+        accuracy = f"{score.accuracy.max():.2f}"
+        offset = f"{score.baseline:.2f} (-{score.offset})"
+        table.add_row(score.name, str(score.n_pairs), f"L{layer}H{head}", accuracy, offset)
+    return table
+
+
+def head_table(model: GPTModule, data: TextDataModule) -> Table:
+    """The heads that look most at the previous and at the first token, on the first validation windows."""
+    tokens = torch.stack([data.val_dataloader().dataset[i * data.block_size][0] for i in range(4)])  # (B, T)
+    values = [summarize(call, ["previous_token", "first_token"]) for call in run(model, tokens)]
+    table = Table(title="Heads by position, mean weight on validation text", title_justify="left")
+    for column in ("looks at", "best head", "weight"):
+        table.add_column(column, justify="right" if column == "weight" else "left")
+    for name, what in (("previous_token", "previous token"), ("first_token", "first token (sink)")):
+        weights = torch.stack([value[name] for value in values])  # (layers, H)
+        layer, head = divmod(int(weights.argmax()), weights.shape[1])
+        table.add_row(what, f"L{layer}H{head}", f"{weights.max():.2f}")
+    return table
+
+
+def run(model: GPTModule, tokens: torch.Tensor) -> list:
+    """The model's attention calls on tokens (B, T)."""
+    model.eval()
+    with torch.no_grad(), capture(model) as calls:
+        model(tokens.to(model.device))
+    return calls
+
+
+def _annotated_patterns(model: GPTModule, data: TextDataModule) -> Iterator[tuple[torch.Tensor, list]]:
+    for story in write_stories(HELD_OUT_STORIES, HELD_OUT_SEED):
+        ids = [i for token in story.tokens for i in data.tokenizer.encode_ordinary(token)]
+        if len(ids) != len(story.tokens):
+            continue  # a tokenizer for which words are not single tokens
+        ids = ids[: model.hparams["block_size"]]
+        pairs = [(r.query, r.key, r.name) for r in story.relations if r.query < len(ids)]
+        patterns = torch.stack([call.pattern()[0] for call in run(model, torch.tensor([ids]))])
+        yield patterns.cpu(), pairs  # (layers, H, T, T)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, AttentionMonitorError) as error:
+        sys.exit(f"train.py: error: {error}")
