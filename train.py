@@ -25,12 +25,12 @@ class CLI(LightningCLI):
         parser.link_arguments("model.block_size", "data.block_size")
 
 
-def main(args: Sequence[str] | None = None) -> CLI:
-    """Train as the command line says, then say what the heads have become."""
+def make_cli(args: Sequence[str] | None = None) -> CLI:
+    """Model, data and trainer as the command line (``args``, or else the process's own) says."""
     # windows are read from memory-mapped tokens: worker processes would only cost
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
-    cli = CLI(
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # torch's, about Lightning
+    return CLI(
         GPTModule,
         TextDataModule,
         run=False,
@@ -38,6 +38,11 @@ def main(args: Sequence[str] | None = None) -> CLI:
         save_config_kwargs={"overwrite": True},
         args=None if args is None else list(args),
     )
+
+
+def main(args: Sequence[str] | None = None) -> CLI:
+    """Train as the command line says, then say what the heads have become."""
+    cli = make_cli(args)
     ckpt_path = cli.config["ckpt_path"]
     if ckpt_path is not None and not Path(ckpt_path).is_file():
         raise InputError(f"The checkpoint {ckpt_path} does not exist; give the path of a .ckpt file to --ckpt_path.")

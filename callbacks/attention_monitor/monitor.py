@@ -143,6 +143,11 @@ class AttentionMonitor(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
 
+    def flush(self) -> None:
+        """Wait until everything seen so far is drawn and written."""
+        if self._recorder is not None and self._recorder.writer is not None:
+            self._recorder.writer.flush()
+
     def _close(self) -> None:
         """Leave the model as it was, and have everything on disk."""
         self._sampling = False

@@ -116,6 +116,7 @@ class AttentionRecorder:
         self.diagnosis = Diagnosis()
         self._live_statistics = resolve_statistics(list(dict.fromkeys([*statistics, *self.diagnosis.statistics])))
         self._live: Recording | None = None
+        self._probed: Snapshot | None = None
         self._step = 0
         self.snapshots: dict[str, Snapshot] = {}  # the newest of each source
         self.findings: list[Finding] = []  # of the newest sampled step
@@ -127,22 +128,18 @@ class AttentionRecorder:
             AttentionMonitorError: when the model does not take the probe.
             NoAttentionError: when the model runs it without an attention call.
         """
-        if self.probe is not None:
-            self._run_probe(0, precision or nullcontext())
+        self._run_probe(0, precision or nullcontext())
 
     def begin(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probe (under ``precision``, e.g. an autocast context), then watch what the model does."""
         self._step = step
-        self.sample_probe(step, precision)
+        self._probed = self._run_probe(step, precision or nullcontext())
         self._live = Recording(self.model, self._live_statistics, self.max_sequences, with_patterns=self.probe is None)
         self._live.__enter__()
 
     def sample_probe(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probe alone."""
-        if self.probe is not None:
-            snapshot = self._run_probe(step, precision or nullcontext())
-            self.snapshots[snapshot.source] = snapshot
-            self._write(snapshot)
+        self._keep(self._run_probe(step, precision or nullcontext()))
 
     def end_forward(self) -> None:
         """Stop watching: a forward that is recomputed in the backward pass must not count twice."""
@@ -161,11 +158,12 @@ class AttentionRecorder:
         if not live.saw_attention and "live" not in self.snapshots:
             raise NoAttentionError(describe_no_attention(self.model))
         snapshot = live.snapshot(self._step, "live")
-        self.snapshots["live"] = snapshot
+        # not before: drawing would compete with the step
+        self._keep(self._probed)
+        self._keep(snapshot)
         self.findings = self.diagnosis.update(snapshot)
         for message in self.diagnosis.explain(self.findings):
             warnings.warn(f"AttentionMonitor: {message}", AttentionWarning, stacklevel=2)
-        self._write(snapshot)
         return snapshot
 
     def abort(self) -> None:
@@ -173,14 +171,18 @@ class AttentionRecorder:
         self.end_forward()
         self._live = None
 
-    def _run_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot:
-        assert self.probe is not None
+    def _run_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot | None:
+        if self.probe is None:
+            return None
         with precision, Recording(self.model, (), None, with_patterns=True) as recording:
             self.probe.run(self.model)
         if not recording.saw_attention:
             raise NoAttentionError(describe_no_attention(self.model))
         return recording.snapshot(step, self.probe.name, self.probe.labels)
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _keep(self, snapshot: Snapshot | None) -> None:
+        if snapshot is None:
+            return
+        self.snapshots[snapshot.source] = snapshot
         if self.writer is not None:
             self.writer.write(snapshot)

@@ -9,6 +9,7 @@ Drawing and encoding happen on one background thread; what is given to it is dra
 a caller that is too far ahead waits.
 """
 
+import io
 import math
 import warnings
 from collections import deque
@@ -18,6 +19,8 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from .diagnosis import head_name
 from .statistics import STATISTICS, Snapshot
@@ -38,24 +41,26 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """Writes to a ``torch.utils.tensorboard.SummaryWriter``, or one with its methods."""
+    """Writes to a ``torch.utils.tensorboard.SummaryWriter``.
+
+    In one event for hundreds of heads: ``add_scalar`` writes one for each, and ``add_image`` converts the pixels twice.
+    """
 
     def __init__(self, experiment: Any) -> None:
         self.experiment = experiment
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        events = getattr(self.experiment, "file_writer", None)
-        if events is None:
-            for tag, value in values.items():
-                self.experiment.add_scalar(tag, value, step)
-        else:  # one event for hundreds of heads
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-            events.add_summary(summary, step)
+        self._add([Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()], step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        self.experiment.add_image(tag, pixels, step, dataformats="HWC")
+        height, width, channels = pixels.shape
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG", compress_level=1)  # the default takes three times as long
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+        self._add([Summary.Value(tag=tag, image=image)], step)
+
+    def _add(self, values: list[Any], step: int) -> None:
+        self.experiment.file_writer.add_summary(Summary(value=values), step)
 
     def layout(self, layout: dict[str, dict[str, list[str]]]) -> None:
         charts = {
@@ -90,7 +95,7 @@ class LoggerSink:
 def sink_for(logger: Any) -> Sink:
     """The sink for a Lightning logger."""
     experiment = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_image") and hasattr(experiment, "add_custom_scalars"):
+    if hasattr(getattr(experiment, "file_writer", None), "add_summary"):
         return TensorBoardSink(experiment)
     return LoggerSink(logger)
 

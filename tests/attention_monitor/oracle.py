@@ -1,0 +1,66 @@
+"""The statistics again, in float64 and one row at a time, written from the formulas and apart from the package."""
+
+import math
+
+import numpy as np
+
+
+def head_statistics(scores: np.ndarray, allowed: np.ndarray, padded: np.ndarray) -> dict[str, float]:
+    """Statistics of one head.
+
+    Args:
+        scores: (B, Q, K) scores as the model used them, before masking.
+        allowed: (B, Q, K) bool.
+        padded: (B, Q) bool, rows that are padding.
+    """
+    rows: dict[str, list[float]] = {name: [] for name in NAMES}
+    B, Q, K = scores.shape
+    for b in range(B):
+        for i in range(Q):
+            keys = np.flatnonzero(allowed[b, i])
+            if padded[b, i] or len(keys) == 0:
+                continue
+            s = scores[b, i, keys].astype(np.float64)
+            finite = np.isfinite(s).all()
+            rows["nonfinite_fraction"].append(0.0 if finite else 1.0)
+            rows["max_score"].append(s.max() if not np.isnan(s).any() else math.nan)
+            if len(keys) < 2:
+                continue
+            if not finite:
+                for name in NAMES:
+                    if name not in ("nonfinite_fraction", "max_score"):
+                        rows[name].append(math.nan)
+                continue
+            e = np.exp(s - s.max())
+            p = np.zeros(K)
+            p[keys] = e / e.sum()
+            H = -sum(x * math.log(x) for x in p if x > 0)
+            rows["entropy"].append(H)
+            rows["normalized_entropy"].append(H / math.log(len(keys)))
+            rows["max_weight"].append(p.max())
+            rows["collapse_fraction"].append(float(p.max() > 0.95))
+            rows["first_token"].append(p[0])
+            if Q == K:
+                rows["diagonal_mean"].append(p[i])
+                if i > 0:
+                    rows["previous_token"].append(p[i - 1])
+    result = {}
+    for name, values in rows.items():
+        if not values:
+            result[name] = math.nan
+        else:
+            result[name] = float(np.max(values) if name == "max_score" else np.mean(values))
+    return result
+
+
+NAMES = (
+    "entropy",
+    "normalized_entropy",
+    "diagonal_mean",
+    "previous_token",
+    "first_token",
+    "max_weight",
+    "collapse_fraction",
+    "max_score",
+    "nonfinite_fraction",
+)
