@@ -207,8 +207,7 @@ class Capture(TorchFunctionMode):
                 name = _WRAPPERS.sub("", name).rstrip(".")
                 stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
                 stack.callback(module.register_forward_hook(self._leaving, always_call=True).remove)
-            if "torch._dynamo" in sys.modules:  # something may be compiled: run it eagerly, keep the compiled code
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_uncompiled())
             super().__enter__()
             stack.push(super().__exit__)
             self._exit = stack.pop_all()
@@ -258,6 +257,25 @@ class Capture(TorchFunctionMode):
         """The name of a site once all calls are known: a module's only call carries no index."""
         path = site[: site.rindex("[")]
         return path if self.sites[path] == 1 else site
+
+
+_running = 0
+_stance = ExitStack()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled modules run eagerly, and their compiled code is kept; contexts may end in any order."""
+    global _running
+    if _running == 0 and "torch._dynamo" in sys.modules:  # else nothing can be compiled, and loading it takes a second
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _running += 1
+    try:
+        yield
+    finally:
+        _running -= 1
+        if _running == 0:
+            _stance.close()
 
 
 @contextmanager

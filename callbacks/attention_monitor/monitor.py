@@ -69,6 +69,11 @@ class AttentionMonitor(pl.Callback):
             self._step, self._sampled_step = None, -1
             self.first, self.latest = None, None
 
+    @property
+    def state_key(self) -> str:
+        """Differs between monitors that watch different things in one trainer."""
+        return self._generate_state_key(every_n_steps=self.every_n_steps, probe=self.probe, statistics=self.statistics)
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step, "sampled_step": self._sampled_step}
 

@@ -15,7 +15,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +28,15 @@ MAX_PENDING = 4  # snapshots waiting to be drawn
 
 
 class Sink(Protocol):
-    """Where a writer writes to."""
+    """Where a writer writes to.
+
+    Attributes:
+        in_background: scalars may be written from the writer's thread.
+        takes_images: pictures are worth drawing.
+    """
+
+    in_background: bool
+    takes_images: bool
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
 
@@ -45,6 +52,9 @@ class TensorBoardSink:
 
     In one event for hundreds of heads: ``add_scalar`` writes one for each, and ``add_image`` converts the pixels twice.
     """
+
+    in_background = True
+    takes_images = True
 
     def __init__(self, experiment: Any) -> None:
         self.experiment = experiment
@@ -75,15 +85,17 @@ class TensorBoardSink:
 class LoggerSink:
     """Writes to any Lightning logger: scalars through ``log_metrics``, pictures where it has ``log_image``."""
 
+    in_background = False  # loggers are not made for threads
+
     def __init__(self, logger: Any) -> None:
         self.logger = logger
+        self.takes_images = hasattr(logger, "log_image")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.logger.log_metrics(values, step=step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        if hasattr(self.logger, "log_image"):
-            self.logger.log_image(key=tag, images=[pixels], step=step)
+        self.logger.log_image(key=tag, images=[pixels], step=step)
 
     def layout(self, layout: dict[str, dict[str, list[str]]]) -> None:
         pass  # only TensorBoard has it
@@ -112,6 +124,7 @@ class Writer:
         self.sinks, self.statistics = list(sinks), list(statistics)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attention-monitor")
         self._pending: deque[Future[None]] = deque()
+        self._failures: deque[str] = deque()
         self._reported: set[str] = set()
         self._figures: dict[str, tuple[Any, Any]] = {}
         self._layout_written = False
@@ -122,45 +135,52 @@ class Writer:
             return
         values = scalar_values(snapshot, self.statistics)
         for sink in self.sinks:
-            if isinstance(sink, LoggerSink):  # loggers are not made for threads
-                self._attempt(partial(sink.scalars, values, snapshot.step))
+            if values and not sink.in_background:
+                self._attempt(sink.scalars, values, snapshot.step)
         while len(self._pending) >= MAX_PENDING:
-            self._wait_for_oldest()
+            self._pending.popleft().result()
         self._pending.append(self._executor.submit(self._write_in_background, snapshot, values))
+        self._report()
 
     def flush(self) -> None:
         """Wait until everything is written; failures are warned about."""
         while self._pending:
-            self._wait_for_oldest()
+            self._pending.popleft().result()
+        self._report()
 
     def close(self) -> None:
         """Flush and end the thread."""
         self.flush()
         self._executor.shutdown()
 
-    def _wait_for_oldest(self) -> None:
-        self._attempt(self._pending.popleft().result)
-
-    def _attempt(self, work: Callable[[], None]) -> None:
+    def _attempt(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What ``work`` returns; None if it fails, which is kept to be reported."""
         try:
-            work()
+            return work(*args)
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
+            self._failures.append(f"{type(error).__name__}: {error}")
+
+    def _report(self) -> None:
+        """Warn, on the caller's thread, about failures that have not been warned about."""
+        while self._failures:
+            message = self._failures.popleft()
             if message not in self._reported:  # say it once, not at every step
                 self._reported.add(message)
                 warnings.warn(f"AttentionMonitor could not write: {message}", stacklevel=3)
 
     def _write_in_background(self, snapshot: Snapshot, values: dict[str, float]) -> None:
-        images = self._draw(snapshot)
         for sink in self.sinks:
-            if values and not isinstance(sink, LoggerSink):
-                sink.scalars(values, snapshot.step)
+            if values and sink.in_background:
+                self._attempt(sink.scalars, values, snapshot.step)
             if values and not self._layout_written:
-                sink.layout(custom_scalars_layout(snapshot, self.statistics))
-            for tag, pixels in images.items():
-                sink.image(tag, pixels, snapshot.step)
-            sink.flush()
+                self._attempt(sink.layout, custom_scalars_layout(snapshot, self.statistics))
         self._layout_written |= bool(values)
+        takers = [sink for sink in self.sinks if sink.takes_images]
+        for tag, pixels in ((takers and self._attempt(self._draw, snapshot)) or {}).items():
+            for sink in takers:
+                self._attempt(sink.image, tag, pixels, snapshot.step)
+        for sink in self.sinks:
+            self._attempt(sink.flush)
 
     def _draw(self, snapshot: Snapshot) -> dict[str, np.ndarray]:
         from .plots import HeadMatrix, Mosaic

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from attention_monitor import STATISTICS, Snapshot
+from attention_monitor.diagnosis import DETECTORS, Diagnosis, head_name
+
+
+def snapshot(step=0, **values):
+    """Two layers of three healthy heads, with ``values`` in L01H02."""
+    healthy = {"nonfinite_fraction": 0.0, "collapse_fraction": 0.1, "max_score": 5.0}
+    layers = [{name: torch.full((3,), value) for name, value in healthy.items()} for _ in range(2)]
+    for name, value in values.items():
+        layers[1][name][2] = value
+    return Snapshot(step, "live", ["L00", "L01"], ["h.0", "h.1"], layers)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_every_detector_reads_registered_statistics_and_gives_advice(detector):
+    assert set(detector.statistics) <= set(STATISTICS)
+    assert detector.kind
+    assert detector.advice.endswith(".")
+    assert set(detector.statistics) <= set(Diagnosis().statistics)
+
+
+def test_healthy_heads_give_no_finding():
+    assert Diagnosis().update(snapshot()) == []
+    assert Diagnosis().update(snapshot(collapse_fraction=0.5)) == []  # more than half, not half
+    assert Diagnosis().update(snapshot(collapse_fraction=float("nan"))) == []
+
+
+def test_trouble_is_told_with_layer_head_step_and_number():
+    diagnosis = Diagnosis()
+    findings = diagnosis.update(snapshot(step=30, nonfinite_fraction=0.25, collapse_fraction=0.75))
+    assert [(f.kind, f.head, f.step) for f in findings] == [
+        ("non-finite attention", "L01H02", 30),
+        ("collapsed attention", "L01H02", 30),
+    ]
+    nonfinite, collapsed = diagnosis.explain(findings)
+    assert "at step 30 in L01H02 (25% of rows)" in nonfinite
+    assert "at step 30 in L01H02 (75% of rows, max score 5)" in collapsed
+
+
+def test_a_head_is_told_of_when_it_gets_into_trouble_and_not_while_it_stays_there():
+    diagnosis = Diagnosis()
+    steps = [0.9, 0.8, 0.2, 0.9]
+    assert [len(diagnosis.update(snapshot(step, collapse_fraction=c))) for step, c in enumerate(steps)] == [1, 0, 0, 1]
+
+
+def test_heads_outside_a_plain_stack_are_named_by_their_path():
+    assert head_name("L03", 5) == "L03H05"
+    assert head_name("encoder.attn", 12) == "encoder.attn/H12"
+    assert head_name("Llama", 0) == "Llama/H00"

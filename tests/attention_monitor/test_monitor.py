@@ -1,0 +1,392 @@
+import math
+import re
+import threading
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from attention_monitor import (
+    STATISTICS,
+    AttentionMonitor,
+    AttentionMonitorError,
+    AttentionWarning,
+    NoAttentionError,
+    TextProbe,
+)
+
+from .project import Project, Tokenizer, installed, make_trainer
+
+
+def fit(tmp_path, monitor=None, project=None, ckpt_path=None, **options):
+    project = project or Project()
+    callbacks = [*([monitor] if monitor else []), *options.pop("callbacks", ())]
+    trainer = make_trainer(tmp_path, callbacks, **options)
+    trainer.fit(project, ckpt_path=ckpt_path)
+    return project
+
+
+def read(folder):
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def steps(folder, tag="attention_entropy/mean"):
+    return [event.step for event in read(folder).Scalars(tag)]
+
+
+def test_scalars_matrices_and_maps_of_every_head_are_written(tmp_path):
+    fit(tmp_path, AttentionMonitor(every_n_steps=5, probe="hello"))
+    tags = read(tmp_path).Tags()
+    heads = ["L00H00", "L00H01", "L01H00", "L01H01", "mean"]
+    expected = {f"attention_{name}/{head}" for name in STATISTICS for head in heads}
+    assert {tag for tag in tags["scalars"] if tag.startswith("attention")} == expected
+    assert set(tags["images"]) == {"attention_maps/text"} | {f"attention_heads/{name}" for name in STATISTICS}
+
+
+def test_only_the_statistics_asked_for_are_written(tmp_path):
+    fit(tmp_path, AttentionMonitor(every_n_steps=5, statistics=["max_weight"]))
+    tags = read(tmp_path).Tags()
+    assert {tag.split("/")[0] for tag in tags["scalars"] if "attention" in tag} == {"attention_max_weight"}
+
+
+def test_without_a_probe_the_map_is_of_the_batch(tmp_path):
+    fit(tmp_path, AttentionMonitor(every_n_steps=5))
+    assert "attention_maps/live" in read(tmp_path).Tags()["images"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 4, 8, 9]),
+        ({"max_steps": 9}, [0, 4, 8]),
+        ({"max_steps": -1, "max_epochs": 1, "limit_train_batches": 6}, [0, 4, 5]),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 3}, [0, 4, 5]),
+        ({"accumulate_grad_batches": 3}, [0, 4, 8, 9]),
+        ({"max_steps": 4, "limit_val_batches": 1, "val_check_interval": 2, "num_sanity_val_steps": 1}, [0, 3]),
+    ],
+)
+def test_step_0_every_nth_and_the_last_step_are_sampled(tmp_path, options, expected):
+    fit(tmp_path, AttentionMonitor(every_n_steps=4, probe="hello"), **options)
+    assert steps(tmp_path) == expected
+    assert [image.step for image in read(tmp_path).Images("attention_maps/text")] == expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_x_axis_is_the_one_of_self_log(tmp_path, accumulate):
+    """The loss of the very forward that was sampled is logged under the same step."""
+    fit(tmp_path, AttentionMonitor(every_n_steps=1), accumulate_grad_batches=accumulate, max_steps=6)
+    assert sorted(set(steps(tmp_path, "loss"))) == steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+
+
+def test_values_are_those_of_the_training_forward(tmp_path):
+    """An untrained step 0, taken again by hand with the same dropout."""
+    from attention_monitor import capture, summarize
+
+    batches = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            batches.append((batch, torch.get_rng_state()))
+
+    fit(tmp_path, AttentionMonitor(every_n_steps=100, max_sequences=1), max_steps=1, callbacks=[Spy()])
+    (batch, rng), project = batches[0], Project()
+    torch.set_rng_state(rng)
+    with capture(project) as calls:
+        project.train()(batch)
+    for layer, call in enumerate(calls):
+        for name, values in summarize(call.first(1)).items():
+            for head, value in enumerate(values.tolist()):
+                [event] = read(tmp_path).Scalars(f"attention_{name}/L{layer:02d}H{head:02d}")
+                assert event.value == pytest.approx(value)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}, {"precision": "bf16-mixed"}])
+def test_losses_are_bit_identical_with_and_without_the_monitor(tmp_path, options):
+    plain = fit(tmp_path / "plain", **options)
+    watched = fit(tmp_path / "watched", AttentionMonitor(every_n_steps=2, probe="hello"), **options)
+    assert len(plain.losses) >= 10
+    assert plain.losses == watched.losses
+    for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_installed_between_sampled_steps(tmp_path):
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            seen.append(installed(module))
+
+    class Model(Project):
+        def forward(self, tokens):
+            if self.training:
+                seen.append(installed(self))
+            return super().forward(tokens)
+
+    project = fit(tmp_path, AttentionMonitor(every_n_steps=5), Model(), callbacks=[Spy()])
+    in_forward, in_backward = seen[::2], seen[1::2]
+    assert [bool(n) for n in in_forward] == [step in (0, 5, 9) for step in range(10)]
+    assert not any(in_backward)
+    assert installed(project) == 0
+
+
+def test_a_failing_training_step_leaves_nothing_installed_and_everything_written(tmp_path):
+    project = Project(fail_at=6)
+    with pytest.raises(ZeroDivisionError, match="the user's own error"):
+        fit(tmp_path, AttentionMonitor(every_n_steps=3, probe="hello"), project)
+    assert installed(project) == 0
+    assert steps(tmp_path) == [0, 3]
+    assert not [t for t in threading.enumerate() if t.name.startswith("attention-monitor")]
+
+
+def test_a_nan_is_told_with_layer_head_and_step(tmp_path):
+    with pytest.warns(AttentionWarning, match=r"non-finite attention at step 4 in L01H00 \(100% of rows\)") as warned:
+        fit(tmp_path, AttentionMonitor(every_n_steps=2, statistics=["entropy"]), Project(nan_at=4))
+    assert len([w for w in warned if "L01H00 (" in str(w.message)]) == 1
+
+
+def test_a_collapsed_head_is_told_with_layer_head_and_step(tmp_path):
+    project = Project()
+    with torch.no_grad():
+        project.blocks[0].qkv.weight.mul_(100)
+    with pytest.warns(AttentionWarning, match=r"collapsed attention at step 0 in L00H0\d \(\d+% of rows, max score"):
+        fit(tmp_path, AttentionMonitor(every_n_steps=100), project, max_steps=1)
+
+
+def test_resuming_continues_schedule_values_and_probe(tmp_path):
+    def run(folder, **options):
+        saver = pl.callbacks.ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+        monitor = AttentionMonitor(every_n_steps=4, probe="hello")
+        # without dropout, whose random state is not Lightning's to save
+        project = Project()
+        project.eval()
+        project.train = lambda mode=True: project
+        fit(folder, monitor, project, callbacks=[saver], enable_checkpointing=True, **options)
+
+    run(tmp_path / "whole", max_steps=12, limit_train_batches=5)
+    run(tmp_path / "resumed", max_steps=12, limit_train_batches=5, ckpt_path=str(tmp_path / "whole" / "step=5.ckpt"))
+    whole, resumed = read(tmp_path / "whole"), read(tmp_path / "resumed")
+    assert steps(tmp_path / "whole") == [0, 4, 8, 11]
+    for tag in whole.Tags()["scalars"]:
+        if tag.startswith("attention"):
+            expected = [(e.step, e.value) for e in whole.Scalars(tag)][2:]
+            assert [(e.step, e.value) for e in resumed.Scalars(tag)] == expected
+    images = [[(i.step, i.encoded_image_string) for i in run.Images("attention_maps/text")] for run in (whole, resumed)]
+    assert images[1] == images[0][2:]
+
+
+def test_resuming_in_the_middle_of_accumulation_does_not_sample_twice(tmp_path):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 9:  # two batches into step 4 of two
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    options = {"accumulate_grad_batches": 2, "max_steps": 7}
+    fit(tmp_path / "a", AttentionMonitor(every_n_steps=4), callbacks=[Save()], **options)
+    fit(tmp_path / "b", AttentionMonitor(every_n_steps=4), ckpt_path=str(tmp_path / "middle.ckpt"), **options)
+    assert steps(tmp_path / "a") == [0, 4, 6]
+    assert steps(tmp_path / "b") == [6]
+
+
+def test_resuming_from_a_checkpoint_of_a_run_without_monitor(tmp_path):
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=6, filename="{step}")
+    fit(tmp_path / "a", callbacks=[saver], enable_checkpointing=True, max_steps=6)
+    fit(tmp_path / "b", AttentionMonitor(every_n_steps=4), ckpt_path=str(tmp_path / "step=6.ckpt"))
+    assert steps(tmp_path / "b") == [8, 9]
+
+
+def test_a_run_that_is_stopped_early_draws_its_probe_once_more(tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 5
+
+    fit(tmp_path, AttentionMonitor(every_n_steps=4, probe="hello"), callbacks=[Stop()], max_steps=-1, max_epochs=2)
+    assert [image.step for image in read(tmp_path).Images("attention_maps/text")] == [0, 4, 6]
+
+
+def test_fitting_twice_goes_on_with_the_same_steps(tmp_path):
+    monitor, project = AttentionMonitor(every_n_steps=4), Project()
+    trainer = make_trainer(tmp_path, [monitor], max_steps=6)
+    trainer.fit(project)
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    trainer.fit(project)
+    assert steps(tmp_path) == [0, 4, 5, 8, 11]
+
+
+def test_two_optimizers_count_as_one_step(tmp_path):
+    class Two(Project):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.01), torch.optim.SGD(self.parameters(), lr=0.01)]
+
+    fit(tmp_path, AttentionMonitor(every_n_steps=3), Two(), max_steps=-1, max_epochs=1, limit_train_batches=8)
+    assert steps(tmp_path) == [0, 3, 6, 7]
+    assert steps(tmp_path, "loss") == list(range(8))
+
+
+def test_mean_entropy_is_on_the_progress_bar(tmp_path):
+    trainer = make_trainer(tmp_path, [monitor := AttentionMonitor(every_n_steps=4)])
+    trainer.fit(Project())
+    assert trainer.progress_bar_metrics["entropy"] == pytest.approx(monitor.latest.mean("normalized_entropy"))
+    assert monitor.first.step == 0
+    assert monitor.latest.step == 9
+
+
+def test_a_tokenizer_is_taken_from_the_datamodule_first(tmp_path):
+    class Data(pl.LightningDataModule):
+        tokenizer = Tokenizer()
+
+        def train_dataloader(self):
+            return Project().train_dataloader()
+
+    class Bare(Project):
+        tokenizer = None
+
+    trainer = make_trainer(tmp_path, [AttentionMonitor(probe="hello")], max_steps=1)
+    trainer.fit(Bare(), datamodule=Data())
+    assert "attention_maps/text" in read(tmp_path).Tags()["images"]
+
+
+def test_a_probe_of_ones_own_with_name_and_tokenizer(tmp_path):
+    probe = TextProbe("hello", tokenizer=Tokenizer(), name="greeting")
+    fit(tmp_path, AttentionMonitor(probe=probe), max_steps=1)
+    assert "attention_maps/greeting" in read(tmp_path).Tags()["images"]
+
+
+def test_without_a_logger_there_is_a_warning_and_findings_still_come(tmp_path):
+    project = Project(nan_at=0)
+    with pytest.warns(UserWarning, match="no logger") as warned:
+        fit(tmp_path, AttentionMonitor(), project, logger=False, max_steps=1)
+    assert any("non-finite" in str(w.message) for w in warned)
+
+
+def test_other_loggers_get_the_scalars(tmp_path):
+    fit(tmp_path, AttentionMonitor(every_n_steps=4), logger=pl.loggers.CSVLogger(str(tmp_path), name="", version=""))
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    column, step = header.split(",").index("attention_entropy/L01H01"), header.split(",").index("step")
+    assert [int(row.split(",")[step]) for row in rows if row.split(",")[column]] == [0, 4, 8, 9]
+
+
+def test_fast_dev_run_works(tmp_path):
+    fit(tmp_path, AttentionMonitor(probe="hello"), fast_dev_run=True)
+
+
+def test_validate_and_test_are_left_alone(tmp_path):
+    trainer = make_trainer(tmp_path, [AttentionMonitor()], limit_val_batches=2)
+    trainer.validate(Project(), verbose=False)
+    assert not list(tmp_path.glob("*tfevents*")) or "attention_entropy/mean" not in read(tmp_path).Tags()["scalars"]
+
+
+def test_a_drawing_error_is_told_and_does_not_stop_training(tmp_path, monkeypatch):
+    from attention_monitor import plots
+
+    def fail(*args):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(plots.HeadMatrix, "draw", fail)
+    with pytest.warns(UserWarning, match="could not write: RuntimeError: no font"):
+        project = fit(tmp_path, AttentionMonitor(every_n_steps=2))
+    assert len(project.losses) == 10
+    assert steps(tmp_path) == [0, 2, 4, 6, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"every_n_steps": -3}, "every_n_steps must be at least 1, got -3"),
+        ({"max_sequences": 0}, "max_sequences must be at least 1, got 0"),
+        ({"statistics": ["entropy", "foo"]}, "Unknown statistic 'foo'; known are .*entropy"),
+    ],
+)
+def test_bad_options_are_refused_when_the_monitor_is_made(options, message):
+    with pytest.raises(AttentionMonitorError, match=message):
+        AttentionMonitor(**options)
+
+
+def test_a_probe_longer_than_the_context_is_refused_before_training(tmp_path):
+    project = Project()
+    message = re.escape("The probe 'text' (21 tokens) could not be run through Project: ValueError: at most 20 tokens")
+    with pytest.raises(AttentionMonitorError, match=message):
+        fit(tmp_path, AttentionMonitor(probe="x" * 21), project)
+    assert project.losses == []
+    assert installed(project) == 0
+
+
+class NoAttention(pl.LightningModule):
+    tokenizer = Tokenizer()
+
+    def __init__(self):
+        super().__init__()
+        self.attention_pool = nn.Linear(8, 1)
+
+    def forward(self, tokens):
+        return self.attention_pool(nn.functional.one_hot(tokens % 8, 8).float())
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    train_dataloader = Project.train_dataloader
+
+
+@pytest.mark.parametrize("probe", [None, "hello"])
+def test_a_model_without_attention_is_refused(tmp_path, probe):
+    model = NoAttention()
+    with pytest.raises(NoAttentionError, match="No attention call was seen in NoAttention"):
+        fit(tmp_path, AttentionMonitor(probe=probe), model)
+    assert installed(model) == 0
+
+
+def test_two_monitors_side_by_side(tmp_path):
+    one = AttentionMonitor(every_n_steps=3, statistics=["entropy"])
+    other = AttentionMonitor(every_n_steps=5, statistics=["max_weight"])
+    project = fit(tmp_path, one, callbacks=[other])
+    assert steps(tmp_path) == [0, 3, 6, 9]
+    assert steps(tmp_path, "attention_max_weight/mean") == [0, 5, 9]
+    assert installed(project) == 0
+
+
+def test_memory_does_not_grow_with_sampled_steps(tmp_path):
+    import gc
+
+    counts = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step in (20, 60):
+                monitor.flush()
+                gc.collect()
+                counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+
+    monitor = AttentionMonitor(every_n_steps=1, probe="hello")
+    project = Project()
+    project.log = lambda *args, **kwargs: None
+    fit(tmp_path, monitor, project, callbacks=[Count()], max_steps=61)
+    assert counts[1] <= counts[0] + 5
+
+
+def test_no_warning_of_its_own_in_a_healthy_run(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, AttentionMonitor(every_n_steps=2, probe="hello"))
+    assert not [w for w in caught if "attention" in str(w.message).lower()]
+
+
+def test_nan_losses_of_the_model_do_not_stop_the_monitor(tmp_path):
+    with pytest.warns(AttentionWarning):
+        project = fit(tmp_path, AttentionMonitor(every_n_steps=1), Project(nan_at=2))
+    assert math.isnan(project.losses[-1])
+    assert len(project.losses) == 10

@@ -1,0 +1,87 @@
+"""The boundaries between the parts, which the design rests on."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attention_monitor
+
+PACKAGE = Path(attention_monitor.__file__).parent
+ROOT = PACKAGE.parents[1]
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Top-level names of what a file imports, also inside functions; relative imports are left out."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_importing_the_package_loads_none_of_the_large_libraries():
+    code = (
+        "import sys, attention_monitor; dir(attention_monitor)\n"
+        "print(sorted({'torch', 'matplotlib', 'pytorch_lightning', 'numpy', 'tensorboard', 'PIL'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_capturing_loads_neither_lightning_nor_matplotlib():
+    code = (
+        "import sys; from attention_monitor import capture, summarize, TextProbe, AttentionRecorder\n"
+        "print(sorted({'matplotlib', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", attention_monitor.__all__)
+def test_every_public_name_can_be_imported_and_says_what_it_is(name):
+    assert getattr(attention_monitor, name) is getattr(attention_monitor, name)
+    assert name in dir(attention_monitor)
+    assert name == "STATISTICS" or getattr(attention_monitor, name).__doc__
+    assert not (PACKAGE / f"{name}.py").exists(), "a module of that name would take the name's place"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        attention_monitor.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("pytorch_lightning", {"monitor.py"}),
+        ("lightning_fabric", {"monitor.py"}),
+        ("matplotlib", {"plots.py"}),
+        ("tensorboard", {"writers.py"}),
+        ("gpt", set()),
+        ("attention_monitor", set()),  # imports inside the package are relative
+    ],
+)
+def test_only_the_part_that_is_meant_to_imports(module, library, allowed):
+    assert library not in imported(PACKAGE / module) or module in allowed
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("writers.py", "monitor.py")])
+def test_only_writers_make_tags(module):
+    strings = [
+        node.value
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value
+    ]
+    assert not [s for s in strings if s.startswith(("attention_heads/", "attention_maps/"))] or module == "probes.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gpt").glob("*.py")), ids=lambda path: path.name)
+def test_the_model_knows_nothing_of_the_monitor(path):
+    assert "attention_monitor" not in imported(path)

@@ -1,0 +1,230 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from attention_monitor import Snapshot
+from attention_monitor.writers import (
+    LoggerSink,
+    TensorBoardSink,
+    Writer,
+    custom_scalars_layout,
+    scalar_values,
+    sink_for,
+)
+
+STATISTICS = ("entropy", "diagonal_mean")
+
+
+def snapshot(step=0, labels=("L00", "L01"), **options):
+    values = [
+        {"entropy": torch.tensor([1.0, 2.0]) + step, "diagonal_mean": torch.tensor([0.5, float("nan")])} for _ in labels
+    ]
+    return Snapshot(step, "live", list(labels), list(labels), values, **options)
+
+
+def probe(step=0):
+    return Snapshot(step, "text", ["L00"], ["h.0"], [{}], [torch.eye(3)[None]], ["a", "b", "c"])
+
+
+class ListSink:
+    """Keeps the whole list of what it is given."""
+
+    in_background = takes_images = True
+
+    def __init__(self):
+        self.calls = []
+
+    def scalars(self, values, step):
+        self.calls.append(("scalars", step, values))
+
+    def image(self, tag, pixels, step):
+        self.calls.append(("image", step, tag))
+
+    def layout(self, layout):
+        self.calls.append(("layout", layout))
+
+    def flush(self):
+        self.calls.append(("flush",))
+
+
+def test_tags_name_statistic_layer_and_head_and_nan_is_left_out():
+    assert scalar_values(snapshot(), STATISTICS) == {
+        "attention_entropy/L00H00": 1.0,
+        "attention_entropy/L00H01": 2.0,
+        "attention_entropy/L01H00": 1.0,
+        "attention_entropy/L01H01": 2.0,
+        "attention_entropy/mean": 1.5,
+        "attention_diagonal_mean/L00H00": 0.5,
+        "attention_diagonal_mean/L01H00": 0.5,
+        "attention_diagonal_mean/mean": 0.5,
+    }
+    assert "attention_entropy/enc.attn/H01" in scalar_values(snapshot(labels=["enc.attn"]), STATISTICS)
+
+
+def test_the_whole_list_of_what_is_written():
+    sink = ListSink()
+    writer = Writer([sink], STATISTICS)
+    writer.write(probe(0))
+    writer.write(snapshot(0))
+    writer.write(snapshot(5))
+    writer.close()
+    layout = {
+        name: {label: [f"^attention_{name}/{label}H00$", f"^attention_{name}/{label}H01$"] for label in ("L00", "L01")}
+        for name in STATISTICS
+    }
+    assert sink.calls == [
+        ("image", 0, "attention_maps/text"),
+        ("flush",),
+        ("scalars", 0, scalar_values(snapshot(0), STATISTICS)),
+        ("layout", layout),
+        ("image", 0, "attention_heads/entropy"),
+        ("image", 0, "attention_heads/diagonal_mean"),
+        ("flush",),
+        ("scalars", 5, scalar_values(snapshot(5), STATISTICS)),
+        ("image", 5, "attention_heads/entropy"),
+        ("image", 5, "attention_heads/diagonal_mean"),
+        ("flush",),
+    ]
+
+
+def test_tensorboard_can_read_it_back(tmp_path):
+    experiment = SummaryWriter(str(tmp_path))
+    writer = Writer([TensorBoardSink(experiment)], STATISTICS)
+    for step in (0, 7):
+        writer.write(probe(step))
+        writer.write(snapshot(step))
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()  # before the experiment is closed: it is on disk already
+    assert [(e.step, e.value) for e in events.Scalars("attention_entropy/L01H01")] == [(0, 2.0), (7, 9.0)]
+    assert set(events.Tags()["images"]) == {
+        "attention_maps/text",
+        "attention_heads/entropy",
+        "attention_heads/diagonal_mean",
+    }
+    image = events.Images("attention_maps/text")[1]
+    assert image.step == 7
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    experiment.close()
+
+
+def test_drawing_does_not_happen_on_the_callers_thread():
+    class Sink(ListSink):
+        def image(self, tag, pixels, step):
+            self.calls.append(threading.current_thread().name)
+
+    sink = Sink()
+    writer = Writer([sink], STATISTICS)
+    writer.write(probe())
+    writer.close()
+    assert sink.calls[0].startswith("attention-monitor")
+    assert not [t for t in threading.enumerate() if t.name.startswith("attention-monitor")]
+
+
+def test_a_caller_that_is_too_far_ahead_waits_and_nothing_is_dropped():
+    gate = threading.Event()
+
+    class Slow(ListSink):
+        def scalars(self, values, step):
+            gate.wait(10)
+            super().scalars(values, step)
+
+    sink = Slow()
+    writer = Writer([sink], STATISTICS)
+    for step in range(4):
+        writer.write(snapshot(step))
+    ahead = threading.Thread(target=lambda: writer.write(snapshot(4)))
+    ahead.start()
+    ahead.join(0.2)
+    assert ahead.is_alive()
+    gate.set()
+    ahead.join(10)
+    writer.close()
+    assert [call[1] for call in sink.calls if call[0] == "scalars"] == [0, 1, 2, 3, 4]
+
+
+def test_a_failure_is_told_once_and_the_rest_is_written():
+    class Broken(ListSink):
+        def image(self, tag, pixels, step):
+            raise OSError("disk full")
+
+    sink = Broken()
+    writer = Writer([sink], STATISTICS)
+    with pytest.warns(UserWarning, match="AttentionMonitor could not write: OSError: disk full") as warned:
+        for step in range(8):
+            writer.write(snapshot(step))
+        writer.close()
+    assert len(warned) == 1
+    assert [call[1] for call in sink.calls if call[0] == "scalars"] == list(range(8))
+
+
+def test_one_failing_sink_does_not_keep_the_others_from_writing():
+    class Broken(ListSink):
+        def scalars(self, values, step):
+            raise OSError("no connection")
+
+    good = ListSink()
+    writer = Writer([Broken(), good], STATISTICS)
+    with pytest.warns(UserWarning, match="no connection"):
+        writer.write(snapshot())
+        writer.close()
+    assert ("image", 0, "attention_heads/entropy") in good.calls
+
+
+class Logger:
+    """A Lightning logger that is not TensorBoard's."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log_metrics(self, metrics, step):
+        self.calls.append((threading.current_thread().name, step, metrics))
+
+
+def test_other_loggers_get_scalars_on_the_training_thread():
+    logger = Logger()
+    assert isinstance(sink_for(logger), LoggerSink)
+    writer = Writer([sink_for(logger)], STATISTICS)
+    writer.write(snapshot(3))
+    writer.close()
+    assert logger.calls == [(threading.current_thread().name, 3, scalar_values(snapshot(3), STATISTICS))]
+
+
+def test_a_failing_picture_does_not_keep_scalars_from_being_written():
+    sink = ListSink()
+    writer = Writer([sink], STATISTICS)
+    broken = snapshot(0, patterns=[torch.ones(2, 2)])  # not (H, Q, K)
+    with pytest.warns(UserWarning, match="could not write"):
+        writer.write(broken)
+        writer.close()
+    assert ("scalars", 0, scalar_values(broken, STATISTICS)) in sink.calls
+
+
+def test_other_loggers_get_pictures_where_they_take_them():
+    class PictureLogger(Logger):
+        def log_image(self, key, images, step):
+            self.calls.append((key, step, [type(image) for image in images]))
+
+    logger = PictureLogger()
+    writer = Writer([sink_for(logger)], STATISTICS)
+    writer.write(probe(3))
+    writer.close()
+    assert logger.calls == [("attention_maps/text", 3, [np.ndarray])]
+
+
+def test_the_layout_groups_the_heads_of_a_layer():
+    layout = custom_scalars_layout(snapshot(labels=["enc"]), ["entropy"])
+    assert layout == {"entropy": {"enc": ["^attention_entropy/enc/H00$", "^attention_entropy/enc/H01$"]}}
+
+
+def test_a_picture_is_laid_out_anew_when_the_model_changes_shape():
+    sink = ListSink()
+    writer = Writer([sink], STATISTICS)
+    writer.write(snapshot(0))
+    writer.write(snapshot(1, labels=["L00", "L01", "L02"]))
+    writer.close()
+    assert ("image", 1, "attention_heads/entropy") in sink.calls
