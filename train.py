@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,22 +31,26 @@ def make_cli(args: Sequence[str] | None = None) -> CLI:
     # windows are read from memory-mapped tokens: worker processes would only cost
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # torch's, about Lightning
-    return CLI(
-        GPTModule,
-        TextDataModule,
-        run=False,
-        seed_everything_default=1337,
-        save_config_kwargs={"overwrite": True},
-        args=None if args is None else list(args),
-    )
+    try:
+        return CLI(
+            GPTModule,
+            TextDataModule,
+            run=False,
+            seed_everything_default=1337,
+            save_config_kwargs={"overwrite": True},
+            args=None if args is None else list(args),
+        )
+    except ValueError as error:  # jsonargparse buries what a callback says of its options
+        raise error.__cause__ if isinstance(error.__cause__, AttentionMonitorError) else error from None
 
 
 def main(args: Sequence[str] | None = None) -> CLI:
     """Train as the command line says, then say what the heads have become."""
     cli = make_cli(args)
     ckpt_path = cli.config["ckpt_path"]
-    if ckpt_path is not None and not Path(ckpt_path).is_file():
-        raise InputError(f"The checkpoint {ckpt_path} does not exist; give the path of a .ckpt file to --ckpt_path.")
+    if ckpt_path is not None and not zipfile.is_zipfile(ckpt_path):
+        what = "is not a checkpoint" if Path(ckpt_path).exists() else "does not exist"
+        raise InputError(f"{ckpt_path} {what}; give the path of a .ckpt file from an earlier run to --ckpt_path.")
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     if cli.trainer.is_global_zero and not cli.trainer.interrupted:
         report(cli, Console())
@@ -84,8 +89,8 @@ def relation_table(model: GPTModule, data: TextDataModule) -> Table:
 
 def head_table(model: GPTModule, data: TextDataModule) -> Table:
     """The heads that look most at the previous and at the first token, on the first validation windows."""
-    tokens = torch.stack([data.val_dataloader().dataset[i * data.block_size][0] for i in range(4)])  # (B, T)
-    values = [summarize(call, ["previous_token", "first_token"]) for call in run(model, tokens)]
+    tokens, _ = next(iter(data.val_dataloader()))  # (B, T)
+    values = [summarize(call, ["previous_token", "first_token"]) for call in run(model, tokens[:4])]
     table = Table(title="Heads by position, mean weight on validation text", title_justify="left")
     for column in ("looks at", "best head", "weight"):
         table.add_column(column, justify="right" if column == "weight" else "left")

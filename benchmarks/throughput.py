@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     contenders = {}
     for name, make in (("gpt", make_ours), ("transformers", make_theirs)):
         model, forward = make(shape)
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3, fused=True)
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
         contenders[name] = (model, forward, optimizer)
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, (model, _, _) in contenders.items()}
     assert len(set(sizes.values())) == 1, f"not the same shape: {sizes}"

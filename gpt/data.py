@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from gpt import InputError, stories
-from gpt.tokenizer import TOKENIZERS, load_bpe, load_bytes, load_gpt2, replace_file
+from gpt.tokenizer import TOKENIZERS, load_bpe, load_bytes, load_gpt2, replacing
 
 CHUNK_BYTES = 1 << 20
 N_STORIES, STORIES_SEED = 20_000, 0
@@ -76,7 +76,8 @@ class TextDataModule(pl.LightningDataModule):
         """Train the tokenizer and encode the text, unless that has been done before."""
         if self.uses_stories:
             text = "".join(story.text for story in stories.write_stories(N_STORIES, STORIES_SEED))
-            replace_file(self._corpus_paths()[0], text.encode())
+            with replacing(self._corpus_paths()[0]) as file:
+                file.write(text.encode())
         elif not self.paths and not self._corpus_paths()[0].is_file():
             self._download(self._corpus_paths()[0])
         encoding = self._load_tokenizer()
@@ -155,7 +156,8 @@ class TextDataModule(pl.LightningDataModule):
             raise InputError(
                 f"What {self.url} served has sha256 {found}, not {self.sha256}; give a file with --data.path."
             )
-        replace_file(target, response.content)
+        with replacing(target) as file:
+            file.write(response.content)
 
 
 class WindowDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -251,8 +253,6 @@ def _token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def _encode_file(chunks: Iterable[str], encoding: tiktoken.Encoding, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with replacing(target) as file:
         for chunk in chunks:
             file.write(np.array(encoding.encode_ordinary(chunk), dtype=_token_dtype(encoding.n_vocab)).tobytes())
-    partial.replace(target)

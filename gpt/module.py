@@ -135,7 +135,7 @@ class GPTModule(pl.LightningModule):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": hp["weight_decay"]},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=hp["learning_rate"], betas=(hp["beta1"], hp["beta2"]), fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=hp["learning_rate"], betas=(hp["beta1"], hp["beta2"]))
         total, floor = self.trainer.estimated_stepping_batches, hp["min_learning_rate"] / hp["learning_rate"]
 
         def factor(step: int) -> float:

@@ -2,8 +2,10 @@
 
 import base64
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import requests
 import rustbpe
@@ -50,7 +52,8 @@ def load_bpe(texts: Iterable[str], vocab_size: int, cache_file: Path) -> tiktoke
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(texts), vocab_size, pattern=SPLIT_PATTERN)
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in trainer.get_mergeable_ranks()]
-        replace_file(cache_file, b"".join(lines))
+        with replacing(cache_file) as file:
+            file.writelines(lines)
     # not tiktoken.load.load_tiktoken_bpe: that keeps a second copy in the system's temporary folder, keyed by path
     # alone, and would go on serving it after this file has changed
     entries = [line.split() for line in cache_file.read_bytes().splitlines()]
@@ -58,9 +61,14 @@ def load_bpe(texts: Iterable[str], vocab_size: int, cache_file: Path) -> tiktoke
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def replace_file(path: Path, content: bytes) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file so that it is there whole or not at all, also when two runs write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
