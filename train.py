@@ -41,7 +41,9 @@ def make_cli(args: Sequence[str] | None = None) -> CLI:
             args=None if args is None else list(args),
         )
     except ValueError as error:  # jsonargparse buries what a callback says of its options
-        raise error.__cause__ if isinstance(error.__cause__, AttentionMonitorError) else error from None
+        if isinstance(error.__cause__, AttentionMonitorError):
+            raise error.__cause__ from None
+        raise
 
 
 def main(args: Sequence[str] | None = None) -> CLI:

@@ -73,6 +73,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--pairs", type=int, default=40, help="blocks without the monitor, and with it")
     options, overrides = parser.parse_known_args(args)
+    if options.pairs < 3:
+        parser.error(f"--pairs must be at least 3, got {options.pairs}")
 
     with tempfile.TemporaryDirectory() as folder:
         cli = make_cli(
