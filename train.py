@@ -73,7 +73,9 @@ def report(cli: CLI, console: Console) -> None:
         console.print(relation_table(cli.model, cli.datamodule))
     console.print(head_table(cli.model, cli.datamodule))
     if cli.trainer.log_dir is not None:
-        console.print(f"See the heads:  tensorboard --logdir {cli.trainer.log_dir}", soft_wrap=True)
+        # TensorBoard keeps ten pictures of a kind unless told otherwise
+        command = f"tensorboard --logdir {cli.trainer.log_dir} --samples_per_plugin images=100"
+        console.print(f"See the heads:  {command}", soft_wrap=True)
 
 
 def relation_table(model: GPTModule, data: TextDataModule) -> Table:

@@ -41,7 +41,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--n_embd", type=int, default=128)
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--vocab_size", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60, help="of each model, after 5 to warm up")
     options = parser.parse_args(args)
     shape = {name: getattr(options, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}

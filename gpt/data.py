@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import requests
 import tiktoken
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from gpt import InputError, stories
@@ -104,8 +105,11 @@ class TextDataModule(pl.LightningDataModule):
         return self.tokenizer.n_vocab
 
     def train_dataloader(self) -> "ResumableLoader":
-        batches = max(1, len(self.train_tokens) // (self.block_size * self.batch_size))
-        windows = RandomWindows(len(self.train_tokens) - self.block_size, batches * self.batch_size, self.seed)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        per_step = self.batch_size * world_size
+        n_windows = max(1, len(self.train_tokens) // (self.block_size * per_step)) * per_step
+        n_starts = len(self.train_tokens) - self.block_size
+        windows = RandomWindows(n_starts, n_windows, self.seed, rank, world_size)
         dataset = WindowDataset(self.train_tokens, self.block_size)
         return ResumableLoader(dataset, batch_size=self.batch_size, sampler=windows, drop_last=True)
 
@@ -130,10 +134,14 @@ class TextDataModule(pl.LightningDataModule):
 
     def _cache_file(self, suffix: str) -> Path:
         """Named after the corpus' content, so that a changed text is never taken for the old one."""
+        return self.cache_dir / f"{self._corpus_paths()[0].stem}-{self._digest[:16]}-{suffix}"
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
-        for chunk in self._chunks():
+        for chunk in self._chunks("reading"):
             digest.update(chunk.encode())
-        return self.cache_dir / f"{self._corpus_paths()[0].stem}-{digest.hexdigest()[:16]}-{suffix}"
+        return digest.hexdigest()
 
     def _load_tokenizer(self) -> tiktoken.Encoding:
         if self.tokenizer_name == "gpt2":
@@ -171,25 +179,25 @@ class WindowDataset(Dataset[tuple[Tensor, Tensor]]):
         return window[:-1], window[1:]
 
 
-class RandomWindows(Sampler[int]):
-    """Where the windows of one epoch start, drawn anew for each epoch; depends on ``seed`` and epoch alone."""
+class RandomWindows(DistributedSampler[int]):
+    """Where the windows of one epoch start, drawn anew for each epoch; depends on ``seed`` and epoch alone.
 
-    def __init__(self, n_starts: int, n_windows: int, seed: int) -> None:
-        self.n_starts, self.n_windows, self.seed = n_starts, n_windows, seed
-        self.epoch = 0
+    Each process gets its share of ``n_windows``. Lightning keeps a DistributedSampler and calls its ``set_epoch``.
+    """
+
+    def __init__(self, n_starts: int, n_windows: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(range(n_starts), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.n_starts, self.n_windows = n_starts, n_windows
         self.skip = 0  # windows that the interrupted epoch had already served
 
-    def set_epoch(self, epoch: int) -> None:  # Lightning calls this at the start of each epoch
-        self.epoch = epoch
-
     def __len__(self) -> int:
-        return self.n_windows
+        return self.n_windows // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        starts = torch.randint(self.n_starts, (self.n_windows,), generator=generator).tolist()
+        starts = torch.randint(self.n_starts, (len(self), self.num_replicas), generator=generator)
         skip, self.skip = self.skip, 0
-        yield from starts[skip:]
+        yield from starts[skip:, self.rank].tolist()
 
 
 class ResumableLoader(DataLoader):

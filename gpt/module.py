@@ -111,15 +111,16 @@ class GPTModule(pl.LightningModule):
         loss = self._loss(batch)
         self.log("train/loss", loss)
         self.log("loss", loss, prog_bar=True, logger=False)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val/loss", self._loss(batch), prog_bar=True)
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self._tokens_since += batch[0].numel() * self.trainer.world_size
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        if (batch_idx + 1) % every == 0:
             now = time.perf_counter()
             if self._clock is not None:
                 self.log("tokens_per_second", self._tokens_since / (now - self._clock))

@@ -130,9 +130,14 @@ class AttentionMonitor(pl.Callback):
             self.first = self.first or self.latest
             if "normalized_entropy" in self.statistics:
                 entropy = self.latest.mean("normalized_entropy")
-                pl_module.log("entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
+                pl_module.log("attention_entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
         if trainer.global_step != self._global_step_before:
             self._step += 1
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._sampling and self._recorder is not None:  # the module's on_train_batch_start skipped the rest
+            self._sampling = False
+            self._recorder.abort()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that was stopped early did not know its last step: draw at least the probe once more."""

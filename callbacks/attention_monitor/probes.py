@@ -42,7 +42,8 @@ class TextProbe:
                 f"the module a `tokenizer` with encode and decode, or use TextProbe(text, tokenizer=...)."
             )
         # tiktoken's plain `encode` refuses texts that contain special tokens
-        ids = [int(i) for i in getattr(tokenizer, "encode_ordinary", tokenizer.encode)(self.text)]
+        encoded = getattr(tokenizer, "encode_ordinary", tokenizer.encode)(self.text)
+        ids = [int(i) for i in getattr(encoded, "ids", encoded)]  # `tokenizers` wraps them
         if not ids:
             raise AttentionMonitorError(f"The probe {self.text!r} has no tokens; give a text to look at.")
         return TokenProbe(self.name, torch.tensor([ids]), [tokenizer.decode([i]) for i in ids])

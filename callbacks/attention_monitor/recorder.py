@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .capturing import AttentionCall, Capture, NoAttentionError, describe_no_attention, layer_labels
 from .diagnosis import Diagnosis, Finding
+from .errors import AttentionMonitorError
 from .probes import TokenProbe
 from .statistics import HeadTotals, Snapshot, Statistic, resolve_statistics
 from .writers import Writer
@@ -132,14 +133,15 @@ class AttentionRecorder:
 
     def begin(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probe (under ``precision``, e.g. an autocast context), then watch what the model does."""
+        self.abort()  # a step that was begun and never finished
         self._step = step
-        self._probed = self._run_probe(step, precision or nullcontext())
+        self._probed = self._try_probe(step, precision or nullcontext())
         self._live = Recording(self.model, self._live_statistics, self.max_sequences, with_patterns=self.probe is None)
         self._live.__enter__()
 
     def sample_probe(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probe alone."""
-        self._keep(self._run_probe(step, precision or nullcontext()))
+        self._keep(self._try_probe(step, precision or nullcontext()))
 
     def end_forward(self) -> None:
         """Stop watching: a forward that is recomputed in the backward pass must not count twice."""
@@ -170,6 +172,14 @@ class AttentionRecorder:
         """Stop watching and forget the step."""
         self.end_forward()
         self._live = None
+
+    def _try_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot | None:
+        """None when the probe fails: it fitted before training, so that it does not now is no reason to stop."""
+        try:
+            return self._run_probe(step, precision)
+        except AttentionMonitorError as error:
+            warnings.warn(f"AttentionMonitor at step {step}: {error}", stacklevel=2)
+            return None
 
     def _run_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot | None:
         if self.probe is None:

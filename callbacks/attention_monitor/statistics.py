@@ -244,6 +244,8 @@ class HeadTotals:
         """Take in all rows of a call."""
         B, H, Q, _ = call.query.shape
         self._n_heads = H
+        if not self.statistics:
+            return
         rows = max(1, BLOCK_ELEMENTS // (B * H * call.key.shape[2]))
         for start in range(0, Q, rows):
             block = RowBlock(call, start, min(start + rows, Q))
@@ -319,4 +321,4 @@ class Snapshot:
 
     def mean(self, statistic: str) -> float:
         """Mean over all heads of all sites that have a value; NaN if none has."""
-        return float(torch.cat([values[statistic] for values in self.values]).nanmean())
+        return float(torch.cat([torch.empty(0), *(values[statistic] for values in self.values)]).nanmean())

@@ -216,6 +216,47 @@ def test_fitting_twice_goes_on_with_the_same_steps(tmp_path):
     assert steps(tmp_path) == [0, 4, 5, 8, 11]
 
 
+def test_a_probe_that_fails_in_the_middle_of_training_is_told_and_does_not_stop_it(tmp_path):
+    class Model(Project):
+        def forward(self, tokens):
+            if not self.training and self.global_step == 4:
+                raise MemoryError("no room")
+            return super().forward(tokens)
+
+    with pytest.warns(UserWarning, match=r"at step 4: The probe 'text' .* MemoryError: no room"):
+        project = fit(tmp_path, AttentionMonitor(every_n_steps=2, probe="hello"), Model())
+    assert len(project.losses) == 10
+    assert steps(tmp_path) == [0, 2, 4, 6, 8, 9]
+    assert [image.step for image in read(tmp_path).Images("attention_maps/text")] == [0, 2, 6, 8, 9]
+
+
+def test_an_epoch_that_the_module_skips_leaves_nothing_installed(tmp_path):
+    seen = []
+
+    class Skip(Project):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch == 0 and batch_idx == 2 else None
+
+        def on_train_epoch_end(self):
+            seen.append(installed(self))
+
+    options = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 4}
+    fit(tmp_path, AttentionMonitor(every_n_steps=1), Skip(), **options)
+    assert seen == [0, 0]
+
+
+def test_a_model_whose_calls_cannot_be_read_trains_on_with_a_warning(tmp_path, monkeypatch):
+    from attention_monitor import statistics
+
+    def fail(*args):
+        raise RuntimeError("not understood")
+
+    monkeypatch.setattr(statistics.HeadTotals, "add", fail)
+    with pytest.warns(UserWarning, match=r"could not look at a call of blocks\.0: RuntimeError: not understood"):
+        project = fit(tmp_path, AttentionMonitor(every_n_steps=2))
+    assert len(project.losses) == 10
+
+
 def test_two_optimizers_count_as_one_step(tmp_path):
     class Two(Project):
         automatic_optimization = False
@@ -237,7 +278,7 @@ def test_two_optimizers_count_as_one_step(tmp_path):
 def test_mean_entropy_is_on_the_progress_bar(tmp_path):
     trainer = make_trainer(tmp_path, [monitor := AttentionMonitor(every_n_steps=4)])
     trainer.fit(Project())
-    assert trainer.progress_bar_metrics["entropy"] == pytest.approx(monitor.latest.mean("normalized_entropy"))
+    assert trainer.progress_bar_metrics["attention_entropy"] == pytest.approx(monitor.latest.mean("normalized_entropy"))
     assert monitor.first.step == 0
     assert monitor.latest.step == 9
 

@@ -102,6 +102,13 @@ def test_windows_depend_on_seed_and_epoch_alone(tmp_path):
     assert not torch.equal(windows(0), windows(0, seed=1))
 
 
+def test_processes_share_the_windows_of_an_epoch():
+    whole = list(data.RandomWindows(1000, 24, seed=0))
+    shares = [list(data.RandomWindows(1000, 24, seed=0, rank=rank, world_size=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [8, 8, 8]
+    assert sorted(start for share in shares for start in share) == sorted(whole)
+
+
 def test_a_loader_goes_on_where_its_state_says(tmp_path):
     module = make(tmp_path)
     whole = [tokens for tokens, _ in module.train_dataloader()]
