@@ -61,11 +61,15 @@ def main(args: Sequence[str] | None = None) -> CLI:
 
 def report(cli: CLI, console: Console) -> None:
     """Print validation loss, what the heads have become, and how to look at them."""
+    if cli.model.validated_step != cli.trainer.global_step and cli.trainer.limit_val_batches:
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     validation_loss = cli.trainer.callback_metrics.get("val/loss")
     if validation_loss is not None:
         console.print(f"\nValidation loss: {validation_loss:.4f} nats per token")
     for monitor in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(monitor, AttentionMonitor) and monitor.first and monitor.latest:
+        if not isinstance(monitor, AttentionMonitor) or "normalized_entropy" not in monitor.statistics:
+            continue
+        if monitor.first and monitor.latest:
             before, after = (s.mean("normalized_entropy") for s in (monitor.first, monitor.latest))
             steps = f"step {monitor.first.step} to {monitor.latest.step}"
             console.print(f"Mean normalized entropy of all heads: {before:.3f} -> {after:.3f} ({steps})")

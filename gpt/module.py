@@ -63,6 +63,7 @@ class GPTModule(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self._config(vocab_size or 1)  # complain about impossible shapes before the data is read
+        self.validated_step = 0  # global step at the end of the newest validation
         self._tokens_since = 0
         self._clock: float | None = None
 
@@ -125,6 +126,9 @@ class GPTModule(pl.LightningModule):
             if self._clock is not None:
                 self.log("tokens_per_second", self._tokens_since / (now - self._clock))
             self._tokens_since, self._clock = 0, now
+
+    def on_validation_end(self) -> None:
+        self.validated_step = self.trainer.global_step
 
     def on_validation_start(self) -> None:
         self._clock = None  # the time it takes is not training time

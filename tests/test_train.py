@@ -72,6 +72,32 @@ def test_a_run_trains_writes_and_reports(tmp_path, capsys):
     assert "tensorboard --logdir " in printed
 
 
+def test_the_validation_loss_at_the_end_is_that_of_the_last_step(tmp_path, capsys):
+    cli = train.main(arguments(tmp_path, steps=4))  # validated at step 3
+    printed = capsys.readouterr().out
+    with torch.no_grad():
+        losses = [(len(b[0]), cli.model.eval()._loss(b).item()) for b in cli.datamodule.val_dataloader()]
+    expected = sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
+    assert float(printed.split("Validation loss: ")[1].split()[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_statistics_may_be_chosen(tmp_path, capsys):
+    config = yaml.safe_load((ROOT / "configs/tiny.yaml").read_text())
+    config["trainer"]["callbacks"][0]["init_args"]["statistics"] = ["max_weight"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    train.main(["--config", str(path), *arguments(tmp_path)[2:]])
+    assert "agreement" in capsys.readouterr().out
+    assert "attention_max_weight/mean" in events(tmp_path).Tags()["scalars"]
+
+
+def test_the_config_that_a_run_leaves_behind_can_be_run(tmp_path):
+    train.main(arguments(tmp_path / "one", steps=2))
+    [config] = (tmp_path / "one").rglob("config.yaml")
+    train.main(["--config", str(config), f"--trainer.logger.init_args.save_dir={tmp_path / 'two'}"])
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
 def test_text_of_ones_own_is_trained_on_without_relations(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question.\n" * 200, encoding="utf-8")

@@ -173,7 +173,11 @@ def _scaled_dot_product_attention(
         mask = attn_mask.detach()
         mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)
         mask = _four_dimensional(mask)
-    return AttentionCall(site, _four_dimensional(query), _four_dimensional(key), mask, is_causal, scale)
+    query, key = _four_dimensional(query), _four_dimensional(key)
+    if not enable_gqa:  # batch and heads of either may be 1 and broadcast
+        B, H = torch.broadcast_shapes(query.shape[:2], key.shape[:2])
+        query, key = query.expand(B, H, -1, -1), key.expand(B, H, -1, -1)
+    return AttentionCall(site, query, key, mask, is_causal, scale)
 
 
 def _four_dimensional(x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .statistics import Snapshot
 
+MAX_NAMED = 8  # heads in one message
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -116,7 +118,10 @@ class Diagnosis:
             heads = [f"{f.head} ({f.detail})" for f in findings if f.kind == detector.kind]
             if heads:
                 step = findings[0].step
-                messages.append(f"{detector.kind} at step {step} in {', '.join(heads)}. {detector.advice}")
+                more = f" and {len(heads) - MAX_NAMED} more" if len(heads) > MAX_NAMED else ""
+                messages.append(
+                    f"{detector.kind} at step {step} in {', '.join(heads[:MAX_NAMED])}{more}. {detector.advice}"
+                )
         return messages
 
     def _all(self, snapshot: Snapshot) -> Iterator[Finding]:

@@ -57,28 +57,12 @@ class AttentionMonitor(pl.Callback):
         self.latest: Snapshot | None = None
         self._recorder: AttentionRecorder | None = None
         self._sampling = False
-        # Batches that ended in an optimizer step: the counter behind the x axis of ``self.log``. Lightning's own is
-        # private, and one behind after resuming from a checkpoint written at the end of a validation.
-        self._step: int | None = None
         self._sampled_step = -1
         self._last_step: float = math.inf
-        self._global_step_before = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._step, self._sampled_step = None, -1
             self.first, self.latest = None, None
-
-    @property
-    def state_key(self) -> str:
-        """Differs between monitors that watch different things in one trainer."""
-        return self._generate_state_key(every_n_steps=self.every_n_steps, probe=self.probe, statistics=self.statistics)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "sampled_step": self._sampled_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._step, self._sampled_step = state_dict["step"], state_dict["sampled_step"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -86,7 +70,8 @@ class AttentionMonitor(pl.Callback):
         probe = None
         if self.probe is not None:
             owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
-            probe = self.probe.encode(next((o.tokenizer for o in owners if hasattr(o, "tokenizer")), None))
+            tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)
+            probe = self.probe.encode(next((t for t in tokenizers if t is not None), None))
         if not trainer.loggers:
             warnings.warn(
                 "AttentionMonitor: the trainer has no logger, so nothing is written; findings are still reported.",
@@ -97,8 +82,6 @@ class AttentionMonitor(pl.Callback):
         self._recorder.check_probe(trainer.precision_plugin.forward_context())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._step is None:  # no checkpoint, or one written without a monitor
-            self._step = trainer.global_step
         try:
             self._last_step = trainer.estimated_stepping_batches - 1
         except MisconfigurationException:  # the accumulation changes between epochs
@@ -107,11 +90,10 @@ class AttentionMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._global_step_before = trainer.global_step
-        step = self._step
-        assert step is not None
+        step = _step(trainer)
         due = step % self.every_n_steps == 0 or step == self._last_step
-        if self._recorder is not None and due and step != self._sampled_step:
+        first_of_step = batch_idx % trainer.accumulate_grad_batches == 0
+        if self._recorder is not None and due and first_of_step:
             self._sampled_step = step
             self._sampling = True
             self._recorder.begin(step, trainer.precision_plugin.forward_context())
@@ -123,16 +105,13 @@ class AttentionMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._step is not None
         if self._sampling and self._recorder is not None:
             self._sampling = False
             self.latest = self._recorder.finish()
             self.first = self.first or self.latest
             if "normalized_entropy" in self.statistics:
                 entropy = self.latest.mean("normalized_entropy")
-                pl_module.log("attention_entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
-        if trainer.global_step != self._global_step_before:
-            self._step += 1
+                pl_module.log("head_entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._sampling and self._recorder is not None:  # the module's on_train_batch_start skipped the rest
@@ -141,8 +120,8 @@ class AttentionMonitor(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that was stopped early did not know its last step: draw at least the probe once more."""
-        if self._recorder is not None and self._step is not None and self._sampled_step < self._step - 1:
-            self._recorder.sample_probe(self._step, trainer.precision_plugin.forward_context())
+        if self._recorder is not None and self._sampled_step < _step(trainer) - 1:
+            self._recorder.sample_probe(_step(trainer), trainer.precision_plugin.forward_context())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
@@ -166,3 +145,8 @@ class AttentionMonitor(pl.Callback):
             if self._recorder.writer is not None:
                 self._recorder.writer.close()
             self._recorder = None
+
+
+def _step(trainer: pl.Trainer) -> int:
+    """Batches that ended in an optimizer step: the x axis of ``self.log``, as Lightning's own callbacks take it."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -105,6 +105,14 @@ def test_grouped_keys_are_shared_among_query_heads():
     assert summarize(call)["entropy"].shape == (6,)
 
 
+@pytest.mark.parametrize(("q_shape", "k_shape"), [((2, 3), (1, 1)), ((1, 3), (2, 3)), ((2, 1), (2, 3))])
+def test_batch_and_heads_broadcast(q_shape, k_shape):
+    q, k = torch.randn(*q_shape, 5, 4), torch.randn(*k_shape, 5, 4)
+    [call] = captured(q, k, k, is_causal=True)
+    torch.testing.assert_close(call.pattern() @ k, F.scaled_dot_product_attention(q, k, k, is_causal=True))
+    assert summarize(call)["entropy"].shape == (3,)
+
+
 @pytest.mark.parametrize(("Q", "K"), [(3, 7), (7, 3), (1, 5)])
 def test_causal_call_with_fewer_or_more_queries_than_keys(Q, K):
     q, k = torch.randn(1, 2, Q, 4), torch.randn(1, 2, K, 4)

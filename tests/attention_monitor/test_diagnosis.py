@@ -46,6 +46,15 @@ def test_a_head_is_told_of_when_it_gets_into_trouble_and_not_while_it_stays_ther
     assert [len(diagnosis.update(snapshot(step, collapse_fraction=c))) for step, c in enumerate(steps)] == [1, 0, 0, 1]
 
 
+def test_many_heads_in_trouble_are_counted_rather_than_listed():
+    layers = [
+        {"nonfinite_fraction": torch.ones(12), "collapse_fraction": torch.zeros(12), "max_score": torch.zeros(12)}
+    ]
+    diagnosis = Diagnosis()
+    [message] = diagnosis.explain(diagnosis.update(Snapshot(0, "live", ["L00"], ["h.0"], layers)))
+    assert "L00H07 (100% of rows) and 4 more." in message
+
+
 def test_heads_outside_a_plain_stack_are_named_by_their_path():
     assert head_name("L03", 5) == "L03H05"
     assert head_name("encoder.attn", 12) == "encoder.attn/H12"

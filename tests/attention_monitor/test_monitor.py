@@ -278,7 +278,7 @@ def test_two_optimizers_count_as_one_step(tmp_path):
 def test_mean_entropy_is_on_the_progress_bar(tmp_path):
     trainer = make_trainer(tmp_path, [monitor := AttentionMonitor(every_n_steps=4)])
     trainer.fit(Project())
-    assert trainer.progress_bar_metrics["attention_entropy"] == pytest.approx(monitor.latest.mean("normalized_entropy"))
+    assert trainer.progress_bar_metrics["head_entropy"] == pytest.approx(monitor.latest.mean("normalized_entropy"))
     assert monitor.first.step == 0
     assert monitor.latest.step == 9
 
