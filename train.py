@@ -76,7 +76,7 @@ def report(cli: CLI, console: Console) -> None:
     if cli.datamodule.uses_stories:
         console.print(relation_table(cli.model, cli.datamodule))
     console.print(head_table(cli.model, cli.datamodule))
-    if cli.trainer.log_dir is not None:
+    if cli.trainer.loggers and cli.trainer.log_dir is not None:
         # TensorBoard keeps ten pictures of a kind unless told otherwise
         command = f"tensorboard --logdir {cli.trainer.log_dir} --samples_per_plugin images=100"
         console.print(f"See the heads:  {command}", soft_wrap=True)

@@ -82,14 +82,15 @@ def main(args: list[str] | None = None) -> dict[str, float]:
             + ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false", *overrides]
         )
         [monitor] = [callback for callback in cli.trainer.callbacks if isinstance(callback, AttentionMonitor)]  # type: ignore[attr-defined]
-        every, monitor.every_n_steps = monitor.every_n_steps, BLOCK  # of the steps that it is shown
+        every, monitor.every_n_steps = monitor.every_n_steps, BLOCK
         switch = Switch(monitor)
         cli.trainer.callbacks = [switch]  # type: ignore[attr-defined]
-        cli.trainer.fit_loop.epoch_loop.max_steps = 2 * BLOCK * options.pairs
+        # one step more than is looked at: the last one is always sampled
+        cli.trainer.fit_loop.epoch_loop.max_steps = 2 * BLOCK * options.pairs + 1
         cli.trainer.fit(cli.model, cli.datamodule)
 
     # without the first step of all, which every program is slow at
-    pairs = list(zip(switch.seconds[::2], switch.seconds[1::2], strict=True))
+    pairs = list(zip(switch.seconds[:-1:2], switch.seconds[1::2], strict=True))
     step = statistics.median([s for plain, _ in pairs for s in plain][1:])
     unsampled = [statistics.median(on[1:]) / statistics.median(off[1:]) for off, on in pairs]
     sampled = [(on[0] - statistics.median(off[1:])) / statistics.median(off[1:]) for off, on in pairs]

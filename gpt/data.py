@@ -190,6 +190,16 @@ class RandomWindows(DistributedSampler[int]):
         self.n_starts, self.n_windows = n_starts, n_windows
         self.skip = 0  # windows that the interrupted epoch had already served
 
+    def resume(self, epoch: int, served: int) -> None:
+        """Leave out what was served of ``epoch``, should that be the one that is gone on with."""
+        self.set_epoch(epoch)
+        self.skip = served
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.skip = 0
+        super().set_epoch(epoch)
+
     def __len__(self) -> int:
         return self.n_windows // self.num_replicas
 
@@ -212,10 +222,11 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches_served": self.batches_served % len(self)}
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches_served": self.batches_served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.skip = state["batches_served"] * (self.batch_size or 1)  # type: ignore[attr-defined]
+        assert isinstance(self.sampler, RandomWindows)
+        self.sampler.resume(state["epoch"], state["batches_served"] * (self.batch_size or 1))
 
 
 def read_text(path: Path) -> Iterator[str]:

@@ -130,7 +130,7 @@ def test_losses_are_bit_identical_with_and_without_the_monitor(tmp_path, options
     assert "attention_entropy/mean" not in events(tmp_path / "bare").Tags()["scalars"]
 
 
-@pytest.mark.parametrize("at", [3, 5])
+@pytest.mark.parametrize("at", [3, 4, 5])
 def test_resuming_continues_data_losses_and_monitor_exactly(tmp_path, at):
     init_args = {"every_n_train_steps": at, "save_top_k": -1, "filename": "{step}"}
     saver = json.dumps({"class_path": "pytorch_lightning.callbacks.ModelCheckpoint", "init_args": init_args})

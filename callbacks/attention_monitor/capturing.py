@@ -75,10 +75,11 @@ class AttentionCall:
         return replace(self, query=self.query[:n], key=self.key[:n], mask=mask)
 
     def scores(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Scores of query rows ``start`` to ``stop``, -inf where masked.
+        """Scores of query rows ``start`` to ``stop``, -inf where masked by a bool mask or causality.
 
         Returns:
-            scores: (B, H, R, K'), K' <= K: keys that no row of a causal call may see are left out.
+            scores: (B, H, R, K'), K' <= K: keys that no row of a causal call may see are left out. Keys masked by
+                a number (-1e9, finfo.min) have that added to their score.
             allowed: bool, broadcastable to ``scores``: which keys a row may see.
         """
         K = min(stop, self.key.shape[2]) if self.is_causal else self.key.shape[2]
@@ -94,20 +95,22 @@ class AttentionCall:
         allowed = torch.ones((R, K), dtype=torch.bool, device=q.device)
         if self.is_causal:
             allowed.tril_(start)
+            scores.masked_fill_(~allowed, -torch.inf)
         if self.mask is not None:
             mask = (self.mask if self.mask.shape[-2] == 1 else self.mask[..., start:stop, :])[..., :K]
-            if mask.dtype != torch.bool:
-                scores += mask
             allowed = allowed & _as_allowed(mask)
-        return scores.masked_fill_(~allowed, -torch.inf), allowed
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+            scores += mask  # also if it is bool, as the function does it: NaN in a masked key stays NaN
+        return scores, allowed
 
     def pattern(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Attention probabilities (B, H, Q, K) before dropout, float32 (float64 for a float64 model).
 
         Rows that may see no key are 0, as scaled_dot_product_attention makes them; NaN is left as it is.
         """
-        scores, allowed = self.scores(start, self.query.shape[2] if stop is None else stop)
-        pattern = scores.softmax(-1).masked_fill_(~allowed.any(-1, keepdim=True), 0)
+        scores, _ = self.scores(start, self.query.shape[2] if stop is None else stop)
+        pattern = scores.softmax(-1).masked_fill_(scores.isneginf().all(-1, keepdim=True), 0)
         return F.pad(pattern, (0, self.key.shape[2] - pattern.shape[-1]))
 
     @cached_property
@@ -172,12 +175,13 @@ def _scaled_dot_product_attention(
     if attn_mask is not None:
         mask = attn_mask.detach()
         mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)
-        mask = _four_dimensional(mask)
-    query, key = _four_dimensional(query), _four_dimensional(key)
     if not enable_gqa:  # batch and heads of either may be 1 and broadcast
-        B, H = torch.broadcast_shapes(query.shape[:2], key.shape[:2])
-        query, key = query.expand(B, H, -1, -1), key.expand(B, H, -1, -1)
-    return AttentionCall(site, query, key, mask, is_causal, scale)
+        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        query, key = query.expand(*leading, -1, -1), key.expand(*leading, -1, -1)
+    if mask is not None and query.dim() > 4:  # what is flattened together must be there
+        mask = mask.expand(*query.shape[:-2], -1, -1)
+    mask = None if mask is None else _four_dimensional(mask)
+    return AttentionCall(site, _four_dimensional(query), _four_dimensional(key), mask, is_causal, scale)
 
 
 def _four_dimensional(x: Tensor) -> Tensor:
@@ -204,14 +208,18 @@ class Capture(TorchFunctionMode):
         self._calls_in_forward: Counter[str] = Counter()
         self._exit = ExitStack()
         self._failed = False
+        self.paused = False
 
     def __enter__(self) -> "Capture":
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and calls nothing that could be seen
+                    continue
                 name = _WRAPPERS.sub("", name).rstrip(".")
                 stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
                 stack.callback(module.register_forward_hook(self._leaving, always_call=True).remove)
             stack.enter_context(_uncompiled())
+            stack.enter_context(_listed(self))
             super().__enter__()
             stack.push(super().__exit__)
             self._exit = stack.pop_all()
@@ -234,13 +242,13 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         recogniser = RECOGNISERS.get(func)
-        if recogniser is not None:
+        # outside the model's forward somebody else is calling: another model, the loss
+        if recogniser is not None and self._path and not self.paused:
             self._record(recogniser, args, kwargs or {})
         return result
 
     def _record(self, recogniser: Recogniser, args: Any, kwargs: Any) -> None:
-        path = self._path[-1] if self._path else ""
-        path = path or type(self.model).__name__
+        path = self._path[-1] or type(self.model).__name__
         index = self._calls_in_forward[path]
         self._calls_in_forward[path] += 1
         self.sites[path] = max(self.sites.get(path, 0), index + 1)
@@ -265,6 +273,29 @@ class Capture(TorchFunctionMode):
 
 _running = 0
 _stance = ExitStack()
+_captures: list[Capture] = []
+
+
+@contextmanager
+def _listed(capture: Capture) -> Iterator[None]:
+    _captures.append(capture)
+    try:
+        yield
+    finally:
+        _captures.remove(capture)
+
+
+@contextmanager
+def captures_paused() -> Iterator[None]:
+    """Captures that are running see nothing of what happens here; those begun here do."""
+    running = [capture for capture in _captures if not capture.paused]
+    for capture in running:
+        capture.paused = True
+    try:
+        yield
+    finally:
+        for capture in running:
+            capture.paused = False
 
 
 @contextmanager
@@ -315,8 +346,8 @@ def describe_no_attention(model: nn.Module) -> str:
     return (
         f"No attention call was seen in {type(model).__name__}: "
         + (f"modules that look like attention are {seen}" if names else "no module in it looks like attention")
-        + ", but what is understood is torch.nn.functional.scaled_dot_product_attention; "
-        "use it in the model, or leave the monitor out."
+        + ", but what is understood so far is torch.nn.functional.scaled_dot_product_attention, called by the model's "
+        "own modules (nn.MultiheadAttention hides its call); use it in the model, or leave the monitor out."
     )
 
 

@@ -93,11 +93,11 @@ def head_name(label: str, head: int) -> str:
 
 
 class Diagnosis:
-    """Runs the detectors over snapshots; a head is reported when it gets into trouble, not while it stays there."""
+    """Runs the detectors over snapshots; each kind of trouble of a head is reported once, when it begins."""
 
     def __init__(self) -> None:
         self.detectors = [cls() for cls in DETECTORS]
-        self._in_trouble: set[tuple[str, str]] = set()
+        self._told: set[tuple[str, str]] = set()
 
     @property
     def statistics(self) -> list[str]:
@@ -106,9 +106,8 @@ class Diagnosis:
 
     def update(self, snapshot: Snapshot) -> list[Finding]:
         """Findings that are new at this snapshot."""
-        found = list(self._all(snapshot))
-        new = [finding for finding in found if (finding.kind, finding.head) not in self._in_trouble]
-        self._in_trouble = {(finding.kind, finding.head) for finding in found}
+        new = [finding for finding in self._all(snapshot) if (finding.kind, finding.head) not in self._told]
+        self._told |= {(finding.kind, finding.head) for finding in new}
         return new
 
     def explain(self, findings: list[Finding]) -> list[str]:

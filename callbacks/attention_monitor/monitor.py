@@ -48,10 +48,14 @@ class AttentionMonitor(pl.Callback):
         max_sequences: int = 4,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("max_sequences", max_sequences)):
-            if value < 1:
-                raise AttentionMonitorError(f"AttentionMonitor: {name} must be at least 1, got {value}.")
-        resolve_statistics(statistics)
-        self.every_n_steps, self.statistics, self.max_sequences = every_n_steps, list(statistics), max_sequences
+            if not isinstance(value, int) or value < 1:
+                raise AttentionMonitorError(
+                    f"AttentionMonitor: {name} must be at least 1, got {value!r}; give a whole number."
+                )
+        if not isinstance(probe, str | TextProbe | None):
+            raise AttentionMonitorError(f"AttentionMonitor: the probe must be a text or a TextProbe, got {probe!r}.")
+        self.statistics = [stat.name for stat in resolve_statistics(statistics)]
+        self.every_n_steps, self.max_sequences = every_n_steps, max_sequences
         self.probe = TextProbe(probe) if isinstance(probe, str) else probe
         self.first: Snapshot | None = None
         self.latest: Snapshot | None = None

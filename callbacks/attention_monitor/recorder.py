@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capturing import AttentionCall, Capture, NoAttentionError, describe_no_attention, layer_labels
+from .capturing import AttentionCall, Capture, NoAttentionError, captures_paused, describe_no_attention, layer_labels
 from .diagnosis import Diagnosis, Finding
 from .errors import AttentionMonitorError
 from .probes import TokenProbe
@@ -54,10 +54,10 @@ class Recording:
         if self.max_sequences is not None:
             call = call.first(self.max_sequences)
         totals = self._totals.setdefault(call.site, HeadTotals(self.statistics))
-        totals.add(call)
         if self.with_patterns and call.site not in self._patterns:
             self._patterns[call.site] = picture(call.first(1))[0].cpu()
             self._pooled |= max(call.query.shape[2], call.key.shape[2]) > MAX_MAP_SIZE
+        totals.add(call)
 
     @property
     def saw_attention(self) -> bool:
@@ -144,20 +144,23 @@ class AttentionRecorder:
         self._keep(self._try_probe(step, precision or nullcontext()))
 
     def end_forward(self) -> None:
-        """Stop watching: a forward that is recomputed in the backward pass must not count twice."""
-        if self._live is not None:
+        """Stop watching: a forward that is recomputed in the backward pass must not count twice.
+
+        Goes on watching if there was no attention yet: this may be the backward of another part of the model.
+        """
+        if self._live is not None and self._live.saw_attention:
             self._live.__exit__()
 
     def finish(self) -> Snapshot:
         """Diagnose and write what was seen.
 
         Raises:
-            NoAttentionError: when no attention call was seen in this step and none before it.
+            NoAttentionError: when no attention call was seen in this step, by its probe, or before it.
         """
-        assert self._live is not None, "begin() comes first"
-        self.end_forward()
-        live, self._live = self._live, None
-        if not live.saw_attention and "live" not in self.snapshots:
+        live = self._live
+        assert live is not None, "begin() comes first"
+        self.abort()
+        if not live.saw_attention and not self.snapshots and self._probed is None:
             raise NoAttentionError(describe_no_attention(self.model))
         snapshot = live.snapshot(self._step, "live")
         # not before: drawing would compete with the step
@@ -170,8 +173,9 @@ class AttentionRecorder:
 
     def abort(self) -> None:
         """Stop watching and forget the step."""
-        self.end_forward()
-        self._live = None
+        if self._live is not None:
+            self._live.__exit__()
+            self._live = None
 
     def _try_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot | None:
         """None when the probe fails: it fitted before training, so that it does not now is no reason to stop."""
@@ -184,7 +188,7 @@ class AttentionRecorder:
     def _run_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot | None:
         if self.probe is None:
             return None
-        with precision, Recording(self.model, (), None, with_patterns=True) as recording:
+        with precision, captures_paused(), Recording(self.model, (), None, with_patterns=True) as recording:
             self.probe.run(self.model)
         if not recording.saw_attention:
             raise NoAttentionError(describe_no_attention(self.model))

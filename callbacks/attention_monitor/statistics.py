@@ -151,6 +151,13 @@ def statistic(
 
     def register(function: RowFunction) -> RowFunction:
         name = function.__name__
+        if ".." not in range or not hasattr(RowBlock, rows):
+            raise AttentionMonitorError(
+                f"The statistic {name!r} has range={range!r}, rows={rows!r}; a range is two bounds with '..' between "
+                f"them, such as '0..1' or '0..T', and rows is 'informative' or 'visible'."
+            )
+        if name in STATISTICS and STATISTICS[name].function.__module__ != function.__module__:
+            raise AttentionMonitorError(f"There is a statistic {name!r} already; give yours another name.")
         STATISTICS[name] = Statistic(name, function, unit, range, reduce, rows, self_attention_only)
         return function
 
@@ -223,6 +230,7 @@ def resolve_statistics(names: Sequence[str]) -> list[Statistic]:
     Raises:
         AttentionMonitorError: on a name that is not registered.
     """
+    names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in STATISTICS]
     if unknown:
         raise AttentionMonitorError(
@@ -244,7 +252,7 @@ class HeadTotals:
         """Take in all rows of a call."""
         B, H, Q, _ = call.query.shape
         self._n_heads = H
-        if not self.statistics:
+        if not self.statistics or call.query.numel() == 0:
             return
         rows = max(1, BLOCK_ELEMENTS // (B * H * call.key.shape[2]))
         for start in range(0, Q, rows):

@@ -11,6 +11,7 @@ a caller that is too far ahead waits.
 
 import io
 import math
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -220,7 +221,7 @@ def custom_scalars_layout(snapshot: Snapshot, statistics: Sequence[str]) -> dict
     """For TensorBoard's Custom Scalars tab: statistic -> layer -> the tags of its heads."""
     return {
         name: {
-            label: [f"^attention_{name}/{head_name(label, head)}$" for head in range(len(values[name]))]
+            label: [f"^attention_{name}/{re.escape(head_name(label, head))}$" for head in range(len(values[name]))]
             for label, values in zip(snapshot.labels, snapshot.values, strict=True)
         }
         for name in statistics

@@ -129,6 +129,56 @@ def test_inputs_of_other_than_four_axes(shape):
     torch.testing.assert_close(call.pattern().flatten(), expected.flatten())
 
 
+@pytest.mark.parametrize("mask_shape", [(2, 1, 1, 5, 5), (1, 1, 2, 5, 5), (5, 5)])
+@pytest.mark.parametrize("k_shape", [(2, 3, 2), (2, 1, 2), (1, 1, 1)])
+def test_five_axes_with_masks_and_broadcast_keys(mask_shape, k_shape):
+    q, k = torch.randn(2, 3, 2, 5, 4), torch.randn(*k_shape, 5, 4)
+    mask = (torch.rand(mask_shape) < 0.6) | torch.eye(5, dtype=torch.bool)
+    [call] = captured(q, k, k, attn_mask=mask)
+    expected = reference(q, k, 0.5, mask).flatten(1, 2)
+    torch.testing.assert_close(call.pattern().double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4)])
+def test_empty_inputs_give_nan(shape):
+    [call] = captured(*[torch.randn(shape)] * 3)
+    assert summarize(call)["entropy"].isnan().all()
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e9])
+def test_rows_masked_by_a_finite_number_have_the_weights_that_the_model_gave_them(low):
+    q, k = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
+    mask = torch.zeros(3, 3)
+    mask[1] = low
+    [call] = captured(q, k, k, attn_mask=mask)
+    torch.testing.assert_close(call.pattern() @ k, F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
+
+
+def test_nan_in_a_masked_key_is_seen_as_it_reaches_the_output():
+    q, k = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    k[0, 0, 3] = math.nan
+    mask = torch.tensor([True, True, True, False]).expand(4, 4)
+    [call] = captured(q, k, torch.randn(1, 1, 4, 4), attn_mask=mask)
+    assert F.scaled_dot_product_attention(q, k, torch.ones(1, 1, 4, 4), attn_mask=mask).isnan().all()
+    assert call.pattern().isnan().all()
+
+
+def test_calls_of_other_models_are_not_counted():
+    model, other = Stack(1), Stack(1)
+    with capture(model) as calls:
+        other(torch.randn(1, 4, 8))
+        model(torch.randn(1, 4, 8))
+        F.scaled_dot_product_attention(*[torch.randn(1, 1, 3, 4)] * 3)
+    assert [call.site for call in calls] == ["layers.0.attn"]
+
+
+def test_a_script_module_in_the_model_is_passed_over():
+    model = nn.Sequential(torch.jit.trace(nn.Linear(8, 8), torch.randn(1, 8)), Stack(1))
+    with capture(model) as calls:
+        model(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == ["1.layers.0.attn"]
+
+
 def test_fully_masked_rows_are_0_as_the_fused_kernel_makes_them():
     q = torch.randn(1, 1, 3, 4)
     mask = torch.ones(3, 3, dtype=torch.bool)

@@ -346,6 +346,8 @@ def test_a_drawing_error_is_told_and_does_not_stop_training(tmp_path, monkeypatc
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"every_n_steps": -3}, "every_n_steps must be at least 1, got -3"),
+        ({"every_n_steps": 2.5}, "every_n_steps must be at least 1, got 2.5; give a whole number"),
+        ({"probe": 123}, "probe must be a text or a TextProbe, got 123"),
         ({"max_sequences": 0}, "max_sequences must be at least 1, got 0"),
         ({"statistics": ["entropy", "foo"]}, "Unknown statistic 'foo'; known are .*entropy"),
     ],
@@ -394,10 +396,42 @@ def test_a_model_without_attention_is_refused(tmp_path, probe):
 def test_two_monitors_side_by_side(tmp_path):
     one = AttentionMonitor(every_n_steps=3, statistics=["entropy"])
     other = AttentionMonitor(every_n_steps=5, statistics=["max_weight"])
-    project = fit(tmp_path, one, callbacks=[other])
+    fit(tmp_path, one, callbacks=[other])
     assert steps(tmp_path) == [0, 3, 6, 9]
     assert steps(tmp_path, "attention_max_weight/mean") == [0, 5, 9]
+
+
+def test_the_probe_of_one_monitor_is_not_taken_for_training_by_another(tmp_path):
+    alone, beside = AttentionMonitor(statistics=["entropy"]), AttentionMonitor(statistics=["entropy"])
+    fit(tmp_path / "a", alone, max_steps=1)
+    fit(tmp_path / "b", beside, callbacks=[AttentionMonitor(probe="hello hello")], max_steps=1)
+    for a, b in zip(alone.latest.values, beside.latest.values, strict=True):
+        assert torch.equal(a["entropy"], b["entropy"])
+
+
+def test_a_backward_of_a_part_without_attention_may_come_first(tmp_path):
+    class Manual(Project):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(self.head.weight.square().sum())
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    project = fit(tmp_path, AttentionMonitor(every_n_steps=4), Manual())
+    assert steps(tmp_path) == [0, 4, 8, 9]
     assert installed(project) == 0
+
+
+def test_where_the_probe_shows_attention_a_step_without_it_is_no_error(tmp_path):
+    class Skips(Project):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    fit(tmp_path, AttentionMonitor(every_n_steps=4, probe="hello"), Skips())
+    assert steps(tmp_path)[-1] == 9
 
 
 def test_memory_does_not_grow_with_sampled_steps(tmp_path):

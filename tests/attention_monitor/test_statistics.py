@@ -174,7 +174,8 @@ def test_rows_with_nan_or_infinity_are_counted_and_poison_the_means(where, value
     else:
         mask[0, 0, 5, 2] = value
         rows, heads = 1, 2
-    found = summarize(make_call(q, k, mask))
+    call = make_call(q, k, mask) if where == "mask" else make_call(q, k, is_causal=True)
+    found = summarize(call)
     assert found["nonfinite_fraction"].tolist() == pytest.approx([rows / T, rows / T if heads == 2 else 0])
     assert found["entropy"].isnan().tolist() == [True, heads == 2]
     if heads == 1:
@@ -256,6 +257,30 @@ def test_a_statistic_of_the_users_own_is_registered_by_the_decorator():
         torch.testing.assert_close(found["weight_on_last_key"], make_call(q, k).pattern()[0, :, :, -1].mean(-1))
     finally:
         STATISTICS.pop("weight_on_last_key", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("good", {"range": "positive"}, "range='positive'"),
+        ("good", {"range": "0..1", "rows": "nonsense"}, "rows='nonsense'"),
+        ("entropy", {"range": "0..1"}, "There is a statistic 'entropy' already"),
+    ],
+)
+def test_a_statistic_that_cannot_be_is_refused_when_it_is_made(name, options, message):
+    def function(block):
+        return block.max_score
+
+    function.__name__ = name
+    before = dict(STATISTICS)
+    with pytest.raises(AttentionMonitorError, match=message):
+        statistic(unit="1", **options)(function)
+    assert before == STATISTICS
+
+
+def test_one_statistic_may_be_asked_for_by_its_name_alone():
+    found = summarize(make_call(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)), "entropy")
+    assert list(found) == ["entropy"]
 
 
 def test_an_unknown_statistic_is_refused_with_the_list_of_known_ones():

@@ -1,3 +1,4 @@
+import re
 import threading
 
 import numpy as np
@@ -217,6 +218,8 @@ def test_other_loggers_get_pictures_where_they_take_them():
 
 
 def test_the_layout_groups_the_heads_of_a_layer():
+    [pattern] = custom_scalars_layout(snapshot(labels=["a.b[0]"]), ["entropy"])["entropy"]["a.b[0]"][:1]
+    assert re.search(pattern, "attention_entropy/a.b[0]/H00")
     layout = custom_scalars_layout(snapshot(labels=["enc"]), ["entropy"])
     assert layout == {"entropy": {"enc": ["^attention_entropy/enc/H00$", "^attention_entropy/enc/H01$"]}}
 

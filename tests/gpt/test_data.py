@@ -125,8 +125,13 @@ def test_a_loader_goes_on_where_its_state_says(tmp_path):
 
 def test_the_state_at_the_end_of_an_epoch_is_the_beginning_of_the_next(tmp_path):
     loader = make(tmp_path).train_dataloader()
-    list(loader)
-    assert loader.state_dict() == {"batches_served": 0}
+    n_batches = len(list(loader))
+    state = loader.state_dict()
+    assert state == {"epoch": 0, "batches_served": n_batches}
+    other = make(tmp_path).train_dataloader()
+    other.load_state_dict(state)
+    other.sampler.set_epoch(1)  # as Lightning does before the first batch
+    assert len(list(other)) == n_batches
 
 
 def test_without_a_path_there_are_stories(tmp_path, monkeypatch):
