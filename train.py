@@ -131,5 +131,5 @@ def _annotated_patterns(model: GPTModule, data: TextDataModule) -> Iterator[tupl
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, AttentionMonitorError) as error:
+    except (InputError, AttentionMonitorError, PermissionError) as error:
         sys.exit(f"train.py: error: {error}")
