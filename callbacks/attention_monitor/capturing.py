@@ -56,10 +56,6 @@ class AttentionCall:
     scale: float
 
     @property
-    def n_heads(self) -> int:
-        return self.query.shape[1]
-
-    @property
     def is_self_attention(self) -> bool:
         """Queries and keys are the same positions."""
         return self.query.shape[2] == self.key.shape[2]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capturing import AttentionCall, Capture, NoAttentionError, captures_paused, describe_no_attention, layer_labels
-from .diagnosis import Diagnosis, Finding
+from .diagnosis import Diagnosis
 from .errors import AttentionMonitorError
 from .probes import TokenProbe
 from .statistics import HeadTotals, Snapshot, Statistic, resolve_statistics
@@ -120,7 +120,6 @@ class AttentionRecorder:
         self._probed: Snapshot | None = None
         self._step = 0
         self.snapshots: dict[str, Snapshot] = {}  # the newest of each source
-        self.findings: list[Finding] = []  # of the newest sampled step
 
     def check_probe(self, precision: AbstractContextManager[Any] | None = None) -> None:
         """Try the probe, so that one that does not fit is refused before training.
@@ -166,8 +165,7 @@ class AttentionRecorder:
         # not before: drawing would compete with the step
         self._keep(self._probed)
         self._keep(snapshot)
-        self.findings = self.diagnosis.update(snapshot)
-        for message in self.diagnosis.explain(self.findings):
+        for message in self.diagnosis.explain(self.diagnosis.update(snapshot)):
             warnings.warn(f"AttentionMonitor: {message}", AttentionWarning, stacklevel=2)
         return snapshot
 
