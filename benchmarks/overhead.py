@@ -79,14 +79,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         cli = make_cli(
             ["--config", options.config, "--trainer.logger.init_args.save_dir", folder]
+            # one step more than is looked at: the last one is always sampled
+            + [f"--trainer.max_steps={2 * BLOCK * options.pairs + 1}"]
             + ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false", *overrides]
         )
         [monitor] = [callback for callback in cli.trainer.callbacks if isinstance(callback, AttentionMonitor)]  # type: ignore[attr-defined]
         every, monitor.every_n_steps = monitor.every_n_steps, BLOCK
         switch = Switch(monitor)
         cli.trainer.callbacks = [switch]  # type: ignore[attr-defined]
-        # one step more than is looked at: the last one is always sampled
-        cli.trainer.fit_loop.epoch_loop.max_steps = 2 * BLOCK * options.pairs + 1
         cli.trainer.fit(cli.model, cli.datamodule)
 
     # without the first step of all, which every program is slow at

@@ -214,8 +214,7 @@ class Capture(TorchFunctionMode):
                 name = _WRAPPERS.sub("", name).rstrip(".")
                 stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
                 stack.callback(module.register_forward_hook(self._leaving, always_call=True).remove)
-            stack.enter_context(_uncompiled())
-            stack.enter_context(_listed(self))
+            stack.enter_context(_running(self))
             super().__enter__()
             stack.push(super().__exit__)
             self._exit = stack.pop_all()
@@ -267,18 +266,22 @@ class Capture(TorchFunctionMode):
         return path if self.sites[path] == 1 else site
 
 
-_running = 0
+_captures: list[Capture] = []  # that are running
 _stance = ExitStack()
-_captures: list[Capture] = []
 
 
 @contextmanager
-def _listed(capture: Capture) -> Iterator[None]:
+def _running(capture: Capture) -> Iterator[None]:
+    """While any capture runs, compiled modules run eagerly and keep their compiled code; they may end in any order."""
+    if not _captures and "torch._dynamo" in sys.modules:  # else nothing can be compiled, and loading it takes a second
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
     _captures.append(capture)
     try:
         yield
     finally:
         _captures.remove(capture)
+        if not _captures:
+            _stance.close()
 
 
 @contextmanager
@@ -292,21 +295,6 @@ def captures_paused() -> Iterator[None]:
     finally:
         for capture in running:
             capture.paused = False
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Compiled modules run eagerly, and their compiled code is kept; contexts may end in any order."""
-    global _running
-    if _running == 0 and "torch._dynamo" in sys.modules:  # else nothing can be compiled, and loading it takes a second
-        _stance.enter_context(torch.compiler.set_stance("force_eager"))
-    _running += 1
-    try:
-        yield
-    finally:
-        _running -= 1
-        if _running == 0:
-            _stance.close()
 
 
 @contextmanager
