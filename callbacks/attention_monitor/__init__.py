@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "AttentionCall": "capturing",
+    "AttentionCall": "calls",
     "AttentionMonitor": "monitor",
     "AttentionMonitorError": "errors",
     "AttentionRecorder": "recorder",
@@ -29,7 +29,8 @@ _HOME = {
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    from .capturing import AttentionCall, NoAttentionError, capture
+    from .calls import AttentionCall
+    from .capturing import NoAttentionError, capture
     from .errors import AttentionMonitorError
     from .monitor import AttentionMonitor
     from .probes import TextProbe, score_relations

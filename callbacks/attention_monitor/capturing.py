@@ -1,192 +1,35 @@
 """A running model -> one ``AttentionCall`` per attention call. The only module that looks into a model.
 
-A ``TorchFunctionMode`` sees the attention functions a model calls, whoever wrote it; forward hooks tell which module is
-calling. Both are there only while a capture lasts.
-
-Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head dimensions.
+A ``TorchFunctionMode`` sees the functions a model calls, whoever wrote it; hooks common to all modules tell which one
+is calling. Both are there only while a capture lasts, and neither is in the model.
 """
 
-import math
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from .calls import AttentionCall
 from .errors import AttentionMonitorError
+from .origins import Frame, Origins
+from .recognisers import ATTENTION_NAME, Fate, NotUnderstoodError, Recogniser, Seen, recogniser_of, run_flex_attention
 
-# Additive masks hide keys with -inf, finfo.min, -1e9 or -1e4: all of them leave a weight of exactly 0 in float32.
-MASKED_BELOW = -1e4
-
-# What wrappers put into module paths: torch.compile, DistributedDataParallel, FSDP, checkpoint_wrapper.
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
+# These have a fast path for inference that cannot be seen, and that they leave while a function mode is on.
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class NoAttentionError(AttentionMonitorError):
     """A model ran and no attention call was seen."""
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """What one attention call of a model worked with, detached from its graph.
-
-    Attributes:
-        site: path of the module that made the call, with ``[i]`` when it makes several in one forward.
-        query: (B, H, Q, D).
-        key: (B, H_kv, K, D); H is a multiple of H_kv.
-        mask: broadcastable to (B, H, Q, K); bool (True: may attend) or a number added to the score.
-        is_causal: row i sees keys 0..i.
-        scale: factor on q . k.
-    """
-
-    site: str
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    is_causal: bool
-    scale: float
-
-    @property
-    def is_self_attention(self) -> bool:
-        """Queries and keys are the same positions."""
-        return self.query.shape[2] == self.key.shape[2]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """float32, or float64 for a float64 model: half precision is never accumulated in."""
-        return torch.promote_types(self.query.dtype, torch.float32)
-
-    def first(self, n: int) -> "AttentionCall":
-        """The same call on the first ``n`` sequences only."""
-        mask = self.mask[:n] if self.mask is not None and self.mask.shape[0] > 1 else self.mask
-        return replace(self, query=self.query[:n], key=self.key[:n], mask=mask)
-
-    def scores(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Scores of query rows ``start`` to ``stop``, -inf where masked by a bool mask or causality.
-
-        Returns:
-            scores: (B, H, R, K'), K' <= K: keys that no row of a causal call may see are left out. Keys masked by
-                a number (-1e9, finfo.min) have that added to their score.
-            allowed: bool, broadcastable to ``scores``: which keys a row may see.
-        """
-        K = min(stop, self.key.shape[2]) if self.is_causal else self.key.shape[2]
-        B, H, _, D = self.query.shape
-        q = self.query[:, :, start:stop].to(self.compute_dtype)
-        k = self._key_for_scores[:, :, :K]  # (B, H_kv, K', D)
-        R, H_kv = q.shape[2], k.shape[1]
-        # the H / H_kv query heads that share a key head become more rows of one matrix product
-        scores = (q.reshape(B, H_kv, H // H_kv * R, D) @ k.transpose(-1, -2)).view(B, H, R, K)
-        scores *= self.scale
-        if self.mask is None and not self.is_causal:
-            return scores, torch.ones((1, 1, R, K), dtype=torch.bool, device=q.device)
-        allowed = torch.ones((R, K), dtype=torch.bool, device=q.device)
-        if self.is_causal:
-            allowed.tril_(start)
-            scores.masked_fill_(~allowed, -torch.inf)
-        if self.mask is not None:
-            mask = (self.mask if self.mask.shape[-2] == 1 else self.mask[..., start:stop, :])[..., :K]
-            allowed = allowed & _as_allowed(mask)
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-            scores += mask  # also if it is bool, as the function does it: NaN in a masked key stays NaN
-        return scores, allowed
-
-    def pattern(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Attention probabilities (B, H, Q, K) before dropout, float32 (float64 for a float64 model).
-
-        Rows that may see no key are 0, as scaled_dot_product_attention makes them; NaN is left as it is.
-        """
-        scores, _ = self.scores(start, self.query.shape[2] if stop is None else stop)
-        pattern = scores.softmax(-1).masked_fill_(scores.isneginf().all(-1, keepdim=True), 0)
-        return F.pad(pattern, (0, self.key.shape[2] - pattern.shape[-1]))
-
-    @cached_property
-    def padded_queries(self) -> Tensor | None:
-        """bool, broadcastable to (B, H, Q): rows of padding, or None where the mask shows none.
-
-        In self-attention a position that no row attends to is padding, provided that every other position sees itself
-        (a mask that hides the diagonal of real tokens says nothing about padding).
-        """
-        if self.mask is None or not self.is_self_attention:
-            return None
-        allowed = _as_allowed(self.mask)
-        allowed = allowed.expand(*allowed.shape[:-1], self.key.shape[2])
-        seen = allowed.any(-2)  # (B | 1, H | 1, K)
-        itself = allowed[..., 0, :] if allowed.shape[-2] == 1 else allowed.diagonal(dim1=-2, dim2=-1)
-        return ~seen if bool((itself | ~seen).all()) else None
-
-    @cached_property
-    def _key_for_scores(self) -> Tensor:
-        return self.key.to(self.compute_dtype)
-
-
-def _as_allowed(mask: Tensor) -> Tensor:
-    """Which keys a mask leaves visible, bool; NaN in an additive mask is a number gone wrong, not a mask."""
-    return mask if mask.dtype == torch.bool else ~(mask <= MASKED_BELOW)
-
-
-# A recogniser turns the arguments of an attention function into an AttentionCall. One for each function.
-Recogniser = Callable[..., AttentionCall]
-RECOGNISERS: dict[Callable[..., Any], Recogniser] = {}
-
-
-def recognises(function: Callable[..., Any]) -> Callable[[Recogniser], Recogniser]:
-    """Register a recogniser: called with the site, then as ``function`` was called."""
-
-    def register(recogniser: Recogniser) -> Recogniser:
-        RECOGNISERS[function] = recogniser
-        return recogniser
-
-    return register
-
-
-@recognises(F.scaled_dot_product_attention)
-def _scaled_dot_product_attention(
-    site: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    query, key = query.detach(), key.detach()
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype == torch.float32:
-        # autocast rounds the inputs inside the call
-        query, key = query.to(torch.get_autocast_dtype(device)), key.to(torch.get_autocast_dtype(device))
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    mask = None
-    if attn_mask is not None:
-        mask = attn_mask.detach()
-        mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)
-    if not enable_gqa:  # batch and heads of either may be 1 and broadcast
-        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-        query, key = query.expand(*leading, -1, -1), key.expand(*leading, -1, -1)
-    if mask is not None and query.dim() > 4:  # what is flattened together must be there
-        mask = mask.expand(*query.shape[:-2], -1, -1)
-    mask = None if mask is None else _four_dimensional(mask)
-    return AttentionCall(site, _four_dimensional(query), _four_dimensional(key), mask, is_causal, scale)
-
-
-def _four_dimensional(x: Tensor) -> Tensor:
-    """(Q, D) and (B, Q, D) get a head of their own; of more than four axes, all between batch and Q are heads."""
-    if x.dim() == 4:
-        return x
-    if x.dim() < 4:
-        return x.reshape((1,) * (3 - x.dim()) + x.shape).unsqueeze(1)
-    return x.flatten(1, -3)
 
 
 class Capture(TorchFunctionMode):
@@ -194,26 +37,42 @@ class Capture(TorchFunctionMode):
 
     ``on_call`` runs without gradients, outside autocast, and its failures are warned about, never raised into the
     model's forward. A module's calls are numbered within one outermost forward; ``sites`` keeps the order of execution.
+
+    Args:
+        model: whose calls are looked at.
+        on_call: gets them.
+        only: patterns as of a shell, such as ``decoder.*``; a call is looked at when its module path, with or without
+            ``[i]``, matches one. None: all are.
+        told: module paths that have been warned about; those that are, are added.
     """
 
-    def __init__(self, model: nn.Module, on_call: Callable[[AttentionCall], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        on_call: Callable[[AttentionCall], None],
+        only: Sequence[str] | None = None,
+        told: set[str] | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.on_call = model, on_call
+        self.model, self.on_call, self.only = model, on_call, only
         self.sites: dict[str, int] = {}  # module path -> most calls seen in one forward
-        self._path: list[str] = []  # of the modules whose forward is running
-        self._calls_in_forward: Counter[str] = Counter()
-        self._exit = ExitStack()
-        self._failed = False
+        self.left_out: set[str] = set()  # module paths that match none of ``only``
+        self.not_understood: dict[str, str] = {}  # module path -> reason
         self.paused = False
+        self._told = set() if told is None else told
+        self._names: dict[nn.Module, str] = {}
+        self._frames: list[Frame] = []  # modules whose forward is running
+        self._unseen: nn.Module | None = None  # is on its fast path
+        self._calls_in_forward: Counter[str] = Counter()
+        self._origins = Origins()
+        self._fates: list[Fate] = []
+        self._exit = ExitStack()
 
     def __enter__(self) -> "Capture":
         with ExitStack() as stack:
-            for name, module in self.model.named_modules():
-                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and calls nothing that could be seen
-                    continue
-                name = _WRAPPERS.sub("", name).rstrip(".")
-                stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
-                stack.callback(module.register_forward_hook(self._leaving, always_call=True).remove)
+            self._names = module_names(self.model)
+            stack.callback(register_module_forward_pre_hook(self._entering).remove)
+            stack.callback(register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True).remove)
             stack.enter_context(_running(self))
             super().__enter__()
             stack.push(super().__exit__)
@@ -222,48 +81,168 @@ class Capture(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         self._exit.close()
+        self._frames.clear()
+        self._origins = Origins()
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if not self._path:
-                self._calls_in_forward.clear()
-            self._path.append(name)
+    def _entering(self, module: nn.Module, args: Any) -> None:
+        name = self._names.get(module)
+        if name is None or self.paused:
+            return
+        if not self._frames:
+            self._calls_in_forward.clear()
+            self._origins.cut()
+        self._frames.append(Frame(name, module, self._origins.now()))
+        if self._unseen is None and _may_take_fast_path(module) and torch._C._len_torch_function_stack() == 1:
+            self._unseen = module
+            super().__exit__(None, None, None)
 
-        return hook
+    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not any(frame.module is module for frame in self._frames):
+            return
+        while self._frames[-1].module is not module:  # left by an exception
+            self._frames.pop()
+        if self._unseen is module:
+            super().__enter__()
+            if output is not None:  # it did not fail
+                self._run_slow_path(module, args, kwargs)
+            self._unseen = None
+        self._frames.pop()
+        if not self._frames:
+            self._judge_softmaxes()
 
-    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._path.pop()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        recogniser = RECOGNISERS.get(func)
-        # outside the model's forward somebody else is calling: another model, the loss
-        if recogniser is not None and self._path and not self.paused:
-            self._record(recogniser, args, kwargs or {})
-        return result
-
-    def _record(self, recogniser: Recogniser, args: Any, kwargs: Any) -> None:
-        path = self._path[-1] or type(self.model).__name__
-        index = self._calls_in_forward[path]
-        self._calls_in_forward[path] += 1
-        self.sites[path] = max(self.sites.get(path, 0), index + 1)
+    def _run_slow_path(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Run a module of torch's once more, on the path that can be seen, so that the model's own numbers stay."""
         try:
             with torch.no_grad():
-                call = recogniser(f"{path}[{index}]", *args, **kwargs)
-                with torch.autocast(call.query.device.type, enabled=False):
-                    self.on_call(call)
-        except Exception as error:  # the model's own forward must go on
-            if not self._failed:
-                warnings.warn(
-                    f"attention_monitor could not look at a call of {path}: {type(error).__name__}: {error}",
-                    stacklevel=2,
-                )
-            self._failed = True
+                module.forward(*args, **kwargs)
+        except Exception as error:
+            self._not_understood(self._path, f"{type(error).__name__}: {error}")
+
+    def _judge_softmaxes(self) -> None:
+        """At the end of a forward: a softmax in an attention module that led to no call was not understood."""
+        understood = {fate.path for fate in self._fates if fate.met_values} | set(self._calls_in_forward)
+        for fate in self._fates:
+            if fate.path is not None and fate.path not in understood:
+                self._not_understood(fate.path, "its softmax was not multiplied with values by a matmul or einsum")
+        self._fates.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recogniser = recogniser_of(func)
+        result = run_flex_attention(func, args) if _is_flex_attention(func) else func(*args, **kwargs)
+        # outside the model's forward somebody else is calling: another model, the loss. In a backward pass,
+        # checkpointing is calling once more what was seen.
+        if self._frames and not self.paused and torch._C._current_graph_task_id() == -1:
+            try:
+                self._origins.follow(func, args, kwargs, result)
+                if recogniser is not None:
+                    self._read(recogniser, Seen(func, args, kwargs, result, self._frames, self._origins, self._fates))
+            except Exception as error:  # the model's own forward must go on
+                self._not_understood(self._path, f"{type(error).__name__}: {error}")
+        return result
+
+    @property
+    def _path(self) -> str:
+        return self._frames[-1].name or type(self.model).__name__
+
+    def _read(self, recogniser: Recogniser, seen: Seen) -> None:
+        path = self._path
+        try:
+            with torch.no_grad():
+                call = recogniser.read(seen)
+        except NotUnderstoodError as reason:
+            self._not_understood(path, str(reason))
+            return
+        if call is None:
+            return
+        index = self._calls_in_forward[path]
+        self._calls_in_forward[path] += 1
+        if self.only is not None and not any(
+            fnmatchcase(name, pattern) for name in (path, f"{path}[{index}]") for pattern in self.only
+        ):
+            self.left_out.add(path)
+            return
+        self.sites[path] = max(self.sites.get(path, 0), index + 1)
+        with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+            self.on_call(replace(call, site=f"{path}[{index}]"))
+
+    def _not_understood(self, path: str, reason: str) -> None:
+        self.not_understood.setdefault(path, reason)
+        if path not in self._told:
+            self._told.add(path)
+            warnings.warn(f"attention_monitor could not look at a call of {path}: {reason}", stacklevel=3)
 
     def final_site(self, site: str) -> str:
         """The name of a site once all calls are known: a module's only call carries no index."""
         path = site[: site.rindex("[")]
         return path if self.sites[path] == 1 else site
+
+    def explain_nothing(self) -> str:
+        """A sentence or two for a model in which nothing was captured: what was seen, and the ways out."""
+        if self.left_out:
+            return (
+                f"No attention call was looked at in {type(self.model).__name__}: sites={list(self.only or ())} "
+                f"matches none of those seen, {_some(sorted(self.left_out))}."
+            )
+        if self.not_understood:
+            reasons = [f"{path} ({reason})" for path, reason in self.not_understood.items()]
+            seen = f"calls were seen but not understood: {_some(reasons)}"
+        else:
+            names = [
+                f"{name or type(self.model).__name__} ({type(module).__name__})"
+                for module, name in module_names(self.model).items()
+                if ATTENTION_NAME.search(type(module).__name__)
+            ]
+            seen = f"modules that look like attention are {_some(names)}" if names else ""
+            seen = seen or "no module in it looks like attention"
+        return (
+            f"No attention call was seen in {type(self.model).__name__}: {seen}. What is understood is "
+            "scaled_dot_product_attention, nn.MultiheadAttention, flex_attention, flash_attn, xformers, and a softmax "
+            "of products of queries and keys that is multiplied with values. Use one of them, called by the model's "
+            "own modules outside TorchScript; or teach the package another with a Recogniser "
+            "(attention_monitor.recognisers); or leave the monitor out."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _is_flex_attention(func: Any) -> bool:
+    return isinstance(func, torch._ops.HigherOrderOperator) and func.name() == "flex_attention"
+
+
+def _may_take_fast_path(module: nn.Module) -> bool:
+    return (
+        not module.training
+        and any(getattr(type(module), "forward", None) is kind.forward for kind in _FAST_PATHS)
+        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()))
+    )
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Module -> its path in the model, without what wrappers put into it."""
+    at = dict(model.named_modules())  # parents come first
+    names = {model: ""}
+    for path, module in at.items():
+        if module not in names:
+            parent, _, child = path.rpartition(".")
+            name = names[at[parent]]
+            if not _is_wrapped(at[parent], parent, child, module):
+                name = f"{name}.{child}" if name else child
+            names[module] = name
+    return names
+
+
+def _is_wrapped(parent: nn.Module, path_of_parent: str, child: str, module: nn.Module) -> bool:
+    """Whether a module is what its parent wraps: torch.compile, FSDP, checkpoint_wrapper; DataParallel; PEFT."""
+    if child in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        return True
+    if child == "module":
+        return re.search("Parallel|Engine", type(parent).__name__) is not None
+    if child == "base_model":
+        return "model" in module._modules
+    return child == "model" and path_of_parent.rpartition(".")[2] == "base_model"
 
 
 _captures: list[Capture] = []  # that are running
@@ -273,7 +252,8 @@ _stance = ExitStack()
 @contextmanager
 def _running(capture: Capture) -> Iterator[None]:
     """While any capture runs, compiled modules run eagerly and keep their compiled code; they may end in any order."""
-    if not _captures and "torch._dynamo" in sys.modules:  # else nothing can be compiled, and loading it takes a second
+    # without these nothing can be compiled, and loading the compiler takes a second
+    if not _captures and ("torch._dynamo" in sys.modules or "torch.nn.attention.flex_attention" in sys.modules):
         _stance.enter_context(torch.compiler.set_stance("force_eager"))
     _captures.append(capture)
     try:
@@ -298,10 +278,14 @@ def captures_paused() -> Iterator[None]:
 
 
 @contextmanager
-def capture(model: nn.Module) -> Iterator[list[AttentionCall]]:
+def capture(model: nn.Module, sites: str | Sequence[str] | None = None) -> Iterator[list[AttentionCall]]:
     """Collect the attention calls that ``model`` makes while the context lasts.
 
-    Holds the queries and keys of every call until the list is let go.
+    Holds the queries and keys, or the scores, of every call until the list is let go.
+
+    Args:
+        model: any module; it may be compiled, wrapped, on any device.
+        sites: patterns as of a shell for the module paths to look at, such as ``decoder.*``; None: all.
 
     Example:
         >>> with capture(model) as calls:
@@ -312,27 +296,11 @@ def capture(model: nn.Module) -> Iterator[list[AttentionCall]]:
         NoAttentionError: when the context ends and no attention call was seen.
     """
     calls: list[AttentionCall] = []
-    with Capture(model, calls.append) as running:
+    with Capture(model, calls.append, [sites] if isinstance(sites, str) else sites) as running:
         yield calls
     calls[:] = [replace(call, site=running.final_site(call.site)) for call in calls]
     if not calls:
-        raise NoAttentionError(describe_no_attention(model))
-
-
-def describe_no_attention(model: nn.Module) -> str:
-    """One sentence for a model in which nothing was captured: what looks like attention, and the way out."""
-    names = [
-        f"{name or type(model).__name__} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if re.search("attention|attn", type(module).__name__, re.IGNORECASE)
-    ]
-    seen = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return (
-        f"No attention call was seen in {type(model).__name__}: "
-        + (f"modules that look like attention are {seen}" if names else "no module in it looks like attention")
-        + ", but what is understood so far is torch.nn.functional.scaled_dot_product_attention, called by the model's "
-        "own modules (nn.MultiheadAttention hides its call); use it in the model, or leave the monitor out."
-    )
+        raise NoAttentionError(running.explain_nothing())
 
 
 def layer_labels(sites: list[str]) -> list[str]:

@@ -3,19 +3,48 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-
-from .errors import AttentionMonitorError
 from .probes import TextProbe
-from .recorder import AttentionRecorder
-from .statistics import DEFAULT_STATISTICS, Snapshot, resolve_statistics
-from .writers import Writer, sink_for
+from .recorder import AttentionRecorder, check_options
+from .statistics import DEFAULT_STATISTICS, Snapshot
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    _Callback = pl.Callback
+    _Misconfigured: tuple[type[Exception], ...]
+else:
+
+    def _installed(*homes: str) -> list[Any]:
+        """A class from each package that is installed: Lightning is published under two names."""
+        found = []
+        for home in homes:
+            module, _, name = home.rpartition(".")
+            try:
+                found.append(getattr(import_module(module), name))
+            except ModuleNotFoundError:
+                continue
+        return found
+
+    _callbacks = _installed("pytorch_lightning.Callback", "lightning.pytorch.Callback")
+    if not _callbacks:
+        raise ImportError(
+            "AttentionMonitor is a Lightning callback and neither pytorch_lightning nor lightning is installed: "
+            "pip install lightning; or use AttentionRecorder, which does the same for a training loop of your own."
+        )
+    # of both, where both are: LightningCLI asks for a subclass of its own
+    _Callback = type("_Callback", tuple(_callbacks), {})
+    _Misconfigured = tuple(
+        _installed(
+            "lightning_fabric.utilities.exceptions.MisconfigurationException",
+            "lightning.fabric.utilities.exceptions.MisconfigurationException",
+        )
+    )
 
 
-class AttentionMonitor(pl.Callback):
+class AttentionMonitor(_Callback):
     """Watches every attention head while a model trains.
 
     At step 0, every ``every_n_steps`` optimizer steps and at the last step it takes per-head statistics of the real
@@ -29,14 +58,15 @@ class AttentionMonitor(pl.Callback):
         probe: a text whose maps are drawn with its tokens, or a ``TextProbe``.
         statistics: names from ``attention_monitor.STATISTICS``.
         max_sequences: how many sequences of the batch the statistics are taken of.
+        sites: patterns as of a shell for the module paths to look at, such as ``model.decoder.*``; None: all.
 
     Attributes:
         first: the first live Snapshot of this run.
         latest: the newest live Snapshot.
 
     Raises:
-        AttentionMonitorError: on every_n_steps or max_sequences < 1 or an unknown statistic, at once; before training,
-            on a probe that cannot be encoded or that the model does not take.
+        AttentionMonitorError: on every_n_steps or max_sequences < 1, sites that are no patterns, or an unknown
+            statistic, at once; before training, on a probe that cannot be encoded or that the model does not take.
         NoAttentionError: when no attention call is seen at the first sampled step.
     """
 
@@ -46,17 +76,13 @@ class AttentionMonitor(pl.Callback):
         probe: str | TextProbe | None = None,
         statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
+        sites: str | Sequence[str] | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("max_sequences", max_sequences)):
-            if not isinstance(value, int) or value < 1:
-                raise AttentionMonitorError(
-                    f"AttentionMonitor: {name} must be at least 1, got {value!r}; give a whole number."
-                )
-        if not isinstance(probe, str | TextProbe | None):
-            raise AttentionMonitorError(f"AttentionMonitor: the probe must be a text or a TextProbe, got {probe!r}.")
-        self.statistics = [stat.name for stat in resolve_statistics(statistics)]
-        self.every_n_steps, self.max_sequences = every_n_steps, max_sequences
-        self.probe = TextProbe(probe) if isinstance(probe, str) else probe
+        options = check_options(every_n_steps, probe, statistics, max_sequences, sites)
+        self.every_n_steps: int = options["every_n_steps"]
+        self.probe: TextProbe | None = options["probe"]
+        self.statistics: list[str] = options["statistics"]
+        self._options = options
         self.first: Snapshot | None = None
         self.latest: Snapshot | None = None
         self._recorder: AttentionRecorder | None = None
@@ -64,35 +90,36 @@ class AttentionMonitor(pl.Callback):
         self._sampled_step = -1
         self._last_step: float = math.inf
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
             self.first, self.latest = None, None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not trainer.is_global_zero:
             return
-        probe = None
-        if self.probe is not None:
-            owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
-            tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)
-            probe = self.probe.encode(next((t for t in tokenizers if t is not None), None))
+        owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
+        tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)
         if not trainer.loggers:
             warnings.warn(
                 "AttentionMonitor: the trainer has no logger, so nothing is written; findings are still reported.",
                 stacklevel=2,
             )
-        writer = Writer([sink_for(logger) for logger in trainer.loggers], self.statistics)
-        self._recorder = AttentionRecorder(pl_module, self.statistics, probe, self.max_sequences, writer)
+        self._recorder = AttentionRecorder(
+            pl_module,
+            **self._options,
+            log_to=trainer.loggers,
+            tokenizer=next((t for t in tokenizers if t is not None), None),
+        )
         self._recorder.check_probe(trainer.precision_plugin.forward_context())
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         try:
             self._last_step = trainer.estimated_stepping_batches - 1
-        except MisconfigurationException:  # the accumulation changes between epochs
+        except _Misconfigured:  # the accumulation changes between epochs
             self._last_step = math.inf
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         step = _step(trainer)
         due = step % self.every_n_steps == 0 or step == self._last_step
@@ -102,12 +129,12 @@ class AttentionMonitor(pl.Callback):
             self._sampling = True
             self._recorder.begin(step, trainer.precision_plugin.forward_context())
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Any) -> None:
         if self._sampling and self._recorder is not None:
             self._recorder.end_forward()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._sampling and self._recorder is not None:
             self._sampling = False
@@ -117,40 +144,38 @@ class AttentionMonitor(pl.Callback):
                 entropy = self.latest.mean("normalized_entropy")
                 pl_module.log("head_entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._sampling and self._recorder is not None:  # the module's on_train_batch_start skipped the rest
             self._sampling = False
             self._recorder.abort()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """A run that was stopped early did not know its last step: draw at least the probe once more."""
         if self._recorder is not None and self._sampled_step < _step(trainer) - 1:
             self._recorder.sample_probe(_step(trainer), trainer.precision_plugin.forward_context())
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         self._close()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self._close()
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._close()
 
     def flush(self) -> None:
         """Wait until everything seen so far is drawn and written."""
-        if self._recorder is not None and self._recorder.writer is not None:
+        if self._recorder is not None:
             self._recorder.writer.flush()
 
     def _close(self) -> None:
         """Leave the model as it was, and have everything on disk."""
         self._sampling = False
         if self._recorder is not None:
-            self._recorder.abort()
-            if self._recorder.writer is not None:
-                self._recorder.writer.close()
+            self._recorder.close(complete=False)
             self._recorder = None
 
 
-def _step(trainer: pl.Trainer) -> int:
+def _step(trainer: "pl.Trainer") -> int:
     """Batches that ended in an optimizer step: the x axis of ``self.log``, as Lightning's own callbacks take it."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

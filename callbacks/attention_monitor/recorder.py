@@ -1,8 +1,8 @@
 """What a sampled step does, for any training loop: probe, live statistics, diagnosis, writing."""
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capturing import AttentionCall, Capture, NoAttentionError, captures_paused, describe_no_attention, layer_labels
+from .calls import AttentionCall
+from .capturing import Capture, NoAttentionError, captures_paused, layer_labels
 from .diagnosis import Diagnosis
 from .errors import AttentionMonitorError
-from .probes import TokenProbe
-from .statistics import HeadTotals, Snapshot, Statistic, resolve_statistics
-from .writers import Writer
+from .probes import TextProbe, TokenProbe
+from .statistics import DEFAULT_STATISTICS, HeadTotals, Snapshot, Statistic, resolve_statistics
+from .writers import Writer, sinks_for
 
 MAX_MAP_SIZE = 96  # positions in a picture; longer patterns are pooled
 
@@ -32,13 +33,21 @@ class Recording:
         statistics: to take.
         max_sequences: of each call; None: all.
         with_patterns: keep the pattern of each site's first sequence too.
+        sites: patterns for the module paths to look at; None: all.
+        told: module paths that have been warned about.
     """
 
     def __init__(
-        self, model: nn.Module, statistics: Sequence[Statistic], max_sequences: int | None, with_patterns: bool
+        self,
+        model: nn.Module,
+        statistics: Sequence[Statistic],
+        max_sequences: int | None,
+        with_patterns: bool,
+        sites: Sequence[str] | None,
+        told: set[str],
     ) -> None:
         self.statistics, self.max_sequences, self.with_patterns = statistics, max_sequences, with_patterns
-        self._capture = Capture(model, self._on_call)
+        self._capture = Capture(model, self._on_call, sites, told)
         self._totals: dict[str, HeadTotals] = {}
         self._patterns: dict[str, Tensor] = {}
         self._pooled = False
@@ -56,12 +65,17 @@ class Recording:
         totals = self._totals.setdefault(call.site, HeadTotals(self.statistics))
         if self.with_patterns and call.site not in self._patterns:
             self._patterns[call.site] = picture(call.first(1))[0].cpu()
-            self._pooled |= max(call.query.shape[2], call.key.shape[2]) > MAX_MAP_SIZE
+            self._pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
         totals.add(call)
 
     @property
     def saw_attention(self) -> bool:
         return bool(self._capture.sites)
+
+    def require_attention(self) -> None:
+        """Raise NoAttentionError if no attention call was seen."""
+        if not self.saw_attention:
+            raise NoAttentionError(self._capture.explain_nothing())
 
     def snapshot(self, step: int, source: str, tokens: list[str] | None = None) -> Snapshot:
         """What has been seen; sites in order of execution."""
@@ -82,7 +96,7 @@ def picture(call: AttentionCall) -> Tensor:
 
     Only for looking at. Built a band of rows at a time: memory is O(K), not O(Q x K).
     """
-    Q, K = call.query.shape[2], call.key.shape[2]
+    Q, K = call.shape[2:]
     if max(Q, K) <= MAX_MAP_SIZE:
         return call.pattern()
     rows, columns = min(Q, MAX_MAP_SIZE), min(K, MAX_MAP_SIZE)
@@ -91,35 +105,127 @@ def picture(call: AttentionCall) -> Tensor:
     return torch.cat(bands, dim=2)
 
 
-class AttentionRecorder:
-    """Records one sampled step after another.
+def check_options(
+    every_n_steps: int,
+    probe: str | TextProbe | None,
+    statistics: Sequence[str],
+    max_sequences: int,
+    sites: str | Sequence[str] | None,
+) -> dict[str, Any]:
+    """The options that recorder and callbacks share, as keyword arguments for ``AttentionRecorder``.
 
-    The caller says when: ``begin(step)`` before the forward, ``end_forward()`` before the backward pass, ``finish()``
-    after the step, ``abort()`` when it failed.
+    Raises:
+        AttentionMonitorError: on one that makes no sense.
+    """
+    for name, value in (("every_n_steps", every_n_steps), ("max_sequences", max_sequences)):
+        if not isinstance(value, int) or value < 1:
+            raise AttentionMonitorError(f"{name} must be at least 1, got {value!r}; give a whole number.")
+    if not isinstance(probe, str | TextProbe | None):
+        raise AttentionMonitorError(f"The probe must be a text or a TextProbe, got {probe!r}.")
+    patterns = [sites] if isinstance(sites, str) else sites
+    if patterns is not None and not (patterns and all(isinstance(pattern, str) for pattern in patterns)):
+        raise AttentionMonitorError(
+            f"sites must be patterns for module paths, such as ['decoder.*'], got {sites!r}; leave it out for all."
+        )
+    return {
+        "every_n_steps": every_n_steps,
+        "probe": TextProbe(probe) if isinstance(probe, str) else probe,
+        "statistics": [stat.name for stat in resolve_statistics(statistics)],
+        "max_sequences": max_sequences,
+        "sites": None if patterns is None else list(patterns),
+    }
+
+
+class AttentionRecorder:
+    """Watches every attention head in a training loop of your own.
+
+    Example:
+        >>> with AttentionRecorder(model, every_n_steps=100, log_to="runs/mine") as recorder:
+        ...     for step, (x, y) in enumerate(batches):
+        ...         with recorder.step(step):
+        ...             loss = criterion(model(x), y)
+        ...         loss.backward()
+        ...         ...
+
+    At step 0 and every ``every_n_steps`` steps it takes per-head statistics of what the model does in the context, runs
+    the probe before it, writes both and warns when a head is in trouble. In the other steps the context does nothing.
+    The Lightning callback says itself when a step begins and ends: ``begin``, ``end_forward``, ``finish``, ``abort``.
 
     Args:
         model: the module to watch; probes are run by calling it.
-        statistics: names from the registry, which are written.
-        probe: run before the forward, at the same step.
-        max_sequences: of the live batch that are looked at.
-        writer: gets the snapshots.
+        every_n_steps: steps from one sample to the next.
+        probe: a text whose maps are drawn with its tokens, or a ``TextProbe``; without one the maps are of the batch's
+            first sequence.
+        statistics: names from ``attention_monitor.STATISTICS``, which are written.
+        max_sequences: of the batch that are looked at.
+        sites: patterns as of a shell for the module paths to look at, such as ``decoder.*``; None: all.
+        log_to: a folder for TensorBoard's files, a ``SummaryWriter``, a Lightning logger, or a list of these; None:
+            nothing is written.
+        tokenizer: for a probe without one of its own.
+
+    Attributes:
+        snapshots: the newest Snapshot of each source: ``live`` and the probe's name.
+
+    Raises:
+        AttentionMonitorError: on an option that makes no sense.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        statistics: Sequence[str],
-        probe: TokenProbe | None = None,
+        every_n_steps: int = 50,
+        probe: str | TextProbe | None = None,
+        statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
-        writer: Writer | None = None,
+        sites: str | Sequence[str] | None = None,
+        *,
+        log_to: Any = None,
+        tokenizer: Any = None,
     ) -> None:
-        self.model, self.probe, self.max_sequences, self.writer = model, probe, max_sequences, writer
+        options = check_options(every_n_steps, probe, statistics, max_sequences, sites)
+        self.model, self.every_n_steps, self.max_sequences = model, every_n_steps, max_sequences
+        self.sites: list[str] | None = options["sites"]
+        self.probe: TokenProbe | None = options["probe"] and options["probe"].encode(tokenizer)
+        self.writer = Writer(sinks_for(log_to), options["statistics"])
         self.diagnosis = Diagnosis()
-        self._live_statistics = resolve_statistics(list(dict.fromkeys([*statistics, *self.diagnosis.statistics])))
+        wanted = dict.fromkeys([*options["statistics"], *self.diagnosis.statistics])
+        self._live_statistics = resolve_statistics(list(wanted))
         self._live: Recording | None = None
         self._probed: Snapshot | None = None
-        self._step = 0
-        self.snapshots: dict[str, Snapshot] = {}  # the newest of each source
+        self._step = self._sampled_step = -1
+        self._probe_fits = False
+        self._told: set[str] = set()  # module paths with calls that are not understood: once for all steps
+        self.snapshots: dict[str, Snapshot] = {}
+
+    @contextmanager
+    def step(self, step: int, precision: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+        """Watch one step if it is due: put the model's forward in this context.
+
+        Args:
+            step: optimizer steps done so far.
+            precision: context in which the probe is run, such as ``torch.autocast(...)``.
+
+        Raises:
+            NoAttentionError: when the context ends and no attention call was seen, in the first sampled step.
+            AttentionMonitorError: when the model does not take the probe, in the first sampled step.
+        """
+        if step % self.every_n_steps:
+            self._step = step
+            yield
+            return
+        self.begin(step, precision)
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+        self.finish()
+
+    def __enter__(self) -> "AttentionRecorder":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close(complete=exception[0] is None)
 
     def check_probe(self, precision: AbstractContextManager[Any] | None = None) -> None:
         """Try the probe, so that one that does not fit is refused before training.
@@ -128,25 +234,18 @@ class AttentionRecorder:
             AttentionMonitorError: when the model does not take the probe.
             NoAttentionError: when the model runs it without an attention call.
         """
-        self._run_probe(0, precision or nullcontext())
+        self._run_probe(0, precision)
 
     def begin(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probe (under ``precision``, e.g. an autocast context), then watch what the model does."""
+        """Run the probe (under ``precision``), then watch what the model does."""
         self.abort()  # a step that was begun and never finished
-        self._step = step
-        self._probed = self._try_probe(step, precision or nullcontext())
-        self._live = Recording(self.model, self._live_statistics, self.max_sequences, with_patterns=self.probe is None)
+        self._step = self._sampled_step = step
+        self._probed = self._try_probe(step, precision)
+        self._live = self._recording(self._live_statistics, self.max_sequences, with_patterns=self.probe is None)
         self._live.__enter__()
 
-    def sample_probe(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probe alone."""
-        self._keep(self._try_probe(step, precision or nullcontext()))
-
     def end_forward(self) -> None:
-        """Stop watching: a forward that is recomputed in the backward pass must not count twice.
-
-        Goes on watching if there was no attention yet: this may be the backward of another part of the model.
-        """
+        """Stop watching; goes on if there was no attention yet: this may be the backward of another part."""
         if self._live is not None and self._live.saw_attention:
             self._live.__exit__()
 
@@ -159,8 +258,8 @@ class AttentionRecorder:
         live = self._live
         assert live is not None, "begin() comes first"
         self.abort()
-        if not live.saw_attention and not self.snapshots and self._probed is None:
-            raise NoAttentionError(describe_no_attention(self.model))
+        if not self.snapshots and self._probed is None:
+            live.require_attention()
         snapshot = live.snapshot(self._step, "live")
         # not before: drawing would compete with the step
         self._keep(self._probed)
@@ -175,26 +274,41 @@ class AttentionRecorder:
             self._live.__exit__()
             self._live = None
 
-    def _try_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot | None:
-        """None when the probe fails: it fitted before training, so that it does not now is no reason to stop."""
+    def sample_probe(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
+        """Run the probe alone."""
+        self._keep(self._try_probe(step, precision))
+
+    def close(self, *, complete: bool = True) -> None:
+        """Have everything written; a loop that is complete ends with one more map of the probe."""
+        self.abort()
+        if complete and self._step > self._sampled_step >= 0:
+            self.sample_probe(self._step + 1)
+        self.writer.close()
+
+    def _recording(self, statistics: Sequence[Statistic], max_sequences: int | None, with_patterns: bool) -> Recording:
+        return Recording(self.model, statistics, max_sequences, with_patterns, self.sites, self._told)
+
+    def _try_probe(self, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot | None:
+        """None when the probe fails although it has fitted before: that is no reason to stop training."""
         try:
             return self._run_probe(step, precision)
         except AttentionMonitorError as error:
+            if not self._probe_fits:
+                raise
             warnings.warn(f"AttentionMonitor at step {step}: {error}", stacklevel=2)
             return None
 
-    def _run_probe(self, step: int, precision: AbstractContextManager[Any]) -> Snapshot | None:
+    def _run_probe(self, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot | None:
         if self.probe is None:
             return None
-        with precision, captures_paused(), Recording(self.model, (), None, with_patterns=True) as recording:
+        recording = self._recording((), None, with_patterns=True)
+        with precision or nullcontext(), captures_paused(), recording:
             self.probe.run(self.model)
-        if not recording.saw_attention:
-            raise NoAttentionError(describe_no_attention(self.model))
+        recording.require_attention()
+        self._probe_fits = True
         return recording.snapshot(step, self.probe.name, self.probe.labels)
 
     def _keep(self, snapshot: Snapshot | None) -> None:
-        if snapshot is None:
-            return
-        self.snapshots[snapshot.source] = snapshot
-        if self.writer is not None:
+        if snapshot is not None:
+            self.snapshots[snapshot.source] = snapshot
             self.writer.write(snapshot)

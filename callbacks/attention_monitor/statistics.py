@@ -7,6 +7,7 @@ reduces rows to heads. Notation: ``s_ij`` score of query i and key j as the mode
 Shapes: B sequences, H heads, R rows of a block, K keys that some row of the block may see.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .capturing import AttentionCall
+from .calls import AttentionCall
 from .errors import AttentionMonitorError
 
 # Scores held at a time: 4 MB in float32, so that a block and what is derived from it stay in cache.
@@ -26,7 +27,7 @@ class RowBlock:
     """Query rows ``start`` to ``stop`` of a call against the keys they may see; what is shared is computed once.
 
     Attributes:
-        scores: (B, H, R, K), -inf where masked.
+        scores: (B, H, R, K), -inf where masked; last columns may be sinks, which are no position.
         allowed: bool, broadcastable to ``scores``.
         query_pos: (R,) position of each row.
         key_pos: (K,) position of each key.
@@ -35,8 +36,10 @@ class RowBlock:
     def __init__(self, call: AttentionCall, start: int, stop: int) -> None:
         self.scores, self.allowed = call.scores(start, stop)
         rows, keys = self.scores.shape[2:]
-        self.query_pos = torch.arange(start, start + rows, device=self.scores.device)
+        first = start + call.query_offset
+        self.query_pos = torch.arange(first, first + rows, device=self.scores.device)
         self.key_pos = torch.arange(keys, device=self.scores.device)
+        self._n_positions = min(keys, call.n_positions)
         padded = call.padded_queries  # broadcastable to (B, H, Q)
         self._padded = None if padded is None else padded[..., start:stop]
 
@@ -86,9 +89,9 @@ class RowBlock:
     def weight_at(self, offset: int) -> Tensor:
         """p at key position i + offset of each row i, (B, H, R); 0 where there is no such key."""
         key = self.query_pos + offset
-        exists = (key >= 0) & (key < self.key_pos.numel())
+        exists = (key >= 0) & (key < self._n_positions)
         row = torch.arange(key.numel(), device=key.device)
-        chosen = self._exp[:, :, row, key.clamp(0, self.key_pos.numel() - 1)] / self._sum_exp
+        chosen = self._exp[:, :, row, key.clamp(0, self._n_positions - 1)] / self._sum_exp
         return chosen.masked_fill(~exists, 0)
 
     # Which rows count, bool, broadcastable to (B, H, R); named in @statistic(rows=...)
@@ -250,11 +253,11 @@ class HeadTotals:
 
     def add(self, call: AttentionCall) -> None:
         """Take in all rows of a call."""
-        B, H, Q, _ = call.query.shape
+        B, H, Q, K = call.shape
         self._n_heads = H
-        if not self.statistics or call.query.numel() == 0:
+        if not self.statistics or 0 in call.shape:
             return
-        rows = max(1, BLOCK_ELEMENTS // (B * H * call.key.shape[2]))
+        rows = max(1, BLOCK_ELEMENTS // (B * H * K))
         for start in range(0, Q, rows):
             block = RowBlock(call, start, min(start + rows, Q))
             for stat in self.statistics:
@@ -278,7 +281,7 @@ class HeadTotals:
         result = {}
         for stat in self.statistics:
             if stat.name not in self._totals:
-                result[stat.name] = torch.full((self._n_heads,), torch.nan)
+                result[stat.name] = torch.full((self._n_heads,), torch.nan, dtype=torch.float32, device="cpu")
                 continue
             total, count = self._totals[stat.name].cpu(), self._counts[stat.name].cpu()
             value = total / count if stat.reduce == "mean" else total
@@ -329,4 +332,6 @@ class Snapshot:
 
     def mean(self, statistic: str) -> float:
         """Mean over all heads of all sites that have a value; NaN if none has."""
-        return float(torch.cat([torch.empty(0), *(values[statistic] for values in self.values)]).nanmean())
+        if not self.values:
+            return math.nan
+        return float(torch.cat([values[statistic] for values in self.values]).nanmean())

@@ -16,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from .diagnosis import head_name
+from .errors import AttentionMonitorError
 from .statistics import STATISTICS, Snapshot
 
 MAX_PENDING = 4  # snapshots waiting to be drawn
@@ -105,12 +107,28 @@ class LoggerSink:
         pass
 
 
-def sink_for(logger: Any) -> Sink:
-    """The sink for a Lightning logger."""
-    experiment = getattr(logger, "experiment", None)
-    if hasattr(getattr(experiment, "file_writer", None), "add_summary"):
-        return TensorBoardSink(experiment)
-    return LoggerSink(logger)
+def sinks_for(log_to: Any) -> list[Sink]:
+    """Sinks for a folder, a SummaryWriter, a Lightning logger, or a list of these; none for None.
+
+    Raises:
+        AttentionMonitorError: on anything else.
+    """
+    if isinstance(log_to, list | tuple):
+        return [sink for one in log_to for sink in sinks_for(one)]
+    if log_to is None:
+        return []
+    if isinstance(log_to, str | PathLike):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return [TensorBoardSink(SummaryWriter(log_to))]
+    for experiment in (log_to, getattr(log_to, "experiment", None)):
+        if hasattr(getattr(experiment, "file_writer", None), "add_summary"):
+            return [TensorBoardSink(experiment)]
+    if not hasattr(log_to, "log_metrics"):
+        raise AttentionMonitorError(
+            f"Nothing can be logged to {log_to!r}: give a folder, a SummaryWriter, a Lightning logger, or a list."
+        )
+    return [LoggerSink(log_to)]
 
 
 class Writer:

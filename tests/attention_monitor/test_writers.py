@@ -14,7 +14,7 @@ from attention_monitor.writers import (
     Writer,
     custom_scalars_layout,
     scalar_values,
-    sink_for,
+    sinks_for,
 )
 
 STATISTICS = ("entropy", "diagonal_mean")
@@ -188,8 +188,8 @@ class Logger:
 
 def test_other_loggers_get_scalars_on_the_training_thread():
     logger = Logger()
-    assert isinstance(sink_for(logger), LoggerSink)
-    writer = Writer([sink_for(logger)], STATISTICS)
+    assert isinstance(sinks_for(logger)[0], LoggerSink)
+    writer = Writer([sinks_for(logger)[0]], STATISTICS)
     writer.write(snapshot(3))
     writer.close()
     assert logger.calls == [(threading.current_thread().name, 3, scalar_values(snapshot(3), STATISTICS))]
@@ -211,7 +211,7 @@ def test_other_loggers_get_pictures_where_they_take_them():
             self.calls.append((key, step, [type(image) for image in images]))
 
     logger = PictureLogger()
-    writer = Writer([sink_for(logger)], STATISTICS)
+    writer = Writer([sinks_for(logger)[0]], STATISTICS)
     writer.write(probe(3))
     writer.close()
     assert logger.calls == [("attention_maps/text", 3, [np.ndarray])]

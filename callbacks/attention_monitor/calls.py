@@ -1,0 +1,229 @@
+"""One attention call of a model: what it worked with, and the scores and probabilities that follow from it.
+
+Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head dimensions, R rows of a block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Additive masks hide keys with -inf, finfo.min, -1e9 or -1e4: all of them leave a weight of exactly 0 in float32.
+MASKED_BELOW = -1e4
+
+# Rows of padding are looked for this many rows at a time.
+_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What one attention call of a model worked with, detached from its graph.
+
+    Either ``query`` and ``key`` are known, or the model computed its scores itself: ``model_scores``.
+
+    Attributes:
+        site: path of the module that made the call, with ``[i]`` when it makes several in one forward.
+        query: (B, H, Q, D).
+        key: (B, H_kv, K, D); H is a multiple of H_kv.
+        mask: broadcastable to (B, H, Q, K); bool (True: may attend) or a number added to the score.
+        is_causal: row i sees keys 0..i.
+        scale: factor on q . k.
+        score_mod: called with scaled scores (B, H, R, K) and the number of their first row, returns what the model
+            made of them before masking: softcap, position biases.
+        mask_mod: called with the numbers of the first row and of the row after the last, returns which keys they may
+            see: bool, broadcastable to (B, H, R, K).
+        model_scores: (B, H, Q, K + n_sinks), what the model gave to its softmax.
+        n_sinks: last columns of the scores that are no position: learned sinks, the keys that ``add_bias_kv`` and
+            ``add_zero_attn`` append. They take their share of the softmax.
+        sinks_in_pattern: the model keeps those columns, so that they are columns of the pattern too.
+        self_attention: queries and keys come from the same sequence; None: not known.
+    """
+
+    site: str
+    query: Tensor | None
+    key: Tensor | None
+    mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float = 1.0
+    score_mod: Callable[[Tensor, int], Tensor] | None = None
+    mask_mod: Callable[[int, int], Tensor] | None = None
+    model_scores: Tensor | None = None
+    n_sinks: int = 0
+    sinks_in_pattern: bool = False
+    self_attention: bool | None = None
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, Q, K) of the pattern."""
+        if self.model_scores is not None:
+            B, H, Q, columns = self.model_scores.shape
+        else:
+            assert self.query is not None
+            assert self.key is not None
+            (B, H, Q, _), columns = self.query.shape, self.key.shape[2]
+        return B, H, Q, columns if self.sinks_in_pattern else columns - self.n_sinks
+
+    @property
+    def n_positions(self) -> int:
+        """Keys that are positions of a sequence."""
+        return self.shape[3] - (self.n_sinks if self.sinks_in_pattern else 0)
+
+    @property
+    def device(self) -> torch.device:
+        return self._given.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float32, or float64 for a float64 model: half precision is never accumulated in."""
+        return torch.promote_types(self._given.dtype, torch.float32)
+
+    @property
+    def is_self_attention(self) -> bool:
+        """Queries and keys come from the same sequence; where that is not known: there are as many of them."""
+        return self.shape[2] == self.n_positions if self.self_attention is None else self.self_attention
+
+    @cached_property
+    def query_offset(self) -> int:
+        """Position of query row 0 among the keys of a self-attention: earlier tokens may be cached.
+
+        The last row is taken to be at the last key it may see.
+        """
+        Q = self.shape[2]
+        if not self.is_self_attention or self.is_causal or self.n_positions == Q or Q == 0:
+            return 0
+        allowed = self.visible(Q - 1, Q)
+        last = self.n_positions - 1
+        if allowed is not None:
+            seen = allowed[..., : self.n_positions].flatten(0, -2).any(0).nonzero()
+            last = int(seen[-1]) if len(seen) else last
+        return max(0, last - (Q - 1))
+
+    def first(self, n: int) -> "AttentionCall":
+        """The same call on the first ``n`` sequences only."""
+        return replace(
+            self,
+            query=None if self.query is None else self.query[:n],
+            key=None if self.key is None else self.key[:n],
+            mask=self.mask[:n] if self.mask is not None and self.mask.shape[0] > 1 else self.mask,
+            model_scores=None if self.model_scores is None else self.model_scores[:n],
+        )
+
+    def scores(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scores of query rows ``start`` to ``stop``, -inf where masked by a bool mask or causality.
+
+        Returns:
+            scores: (B, H, R, K'), K' <= K + n_sinks: keys that no row of a causal call may see are left out. Keys
+                masked by a number (-1e9, finfo.min) have that added to their score. Not to be written to.
+            allowed: bool, broadcastable to ``scores``: which keys a row may see.
+        """
+        if self.model_scores is not None:
+            scores = self.model_scores[:, :, start:stop]
+            return scores.to(self.compute_dtype), _above_mask(scores)
+        assert self.query is not None
+        assert self.key is not None
+        K = min(stop, self.key.shape[2]) if self.is_causal else self.key.shape[2]
+        B, H, _, D = self.query.shape
+        q = self.query[:, :, start:stop].to(self.compute_dtype)
+        k = self._key_for_scores[:, :, :K]  # (B, H_kv, K', D)
+        R, H_kv = q.shape[2], k.shape[1]
+        # the H / H_kv query heads that share a key head become more rows of one matrix product
+        scores = (q.reshape(B, H_kv, H // H_kv * R, D) @ k.transpose(-1, -2)).view(B, H, R, K)
+        scores *= self.scale
+        if self.score_mod is not None:
+            scores = self.score_mod(scores, start)
+        allowed = torch.ones((1, 1, R, K), dtype=torch.bool, device=q.device)
+        if self.score_mod is not None:
+            allowed = _above_mask(scores)  # it may mask too
+        if self.is_causal:
+            below = torch.ones((R, K), dtype=torch.bool, device=q.device).tril_(start)
+            scores.masked_fill_(~below, -torch.inf)
+            allowed = allowed & below
+        visible = self.visible(start, stop)
+        if visible is not None:
+            allowed = allowed & visible[..., :K]
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            scores += self._rows_of_mask(start, stop)[..., :K]
+        elif visible is not None:
+            # as the function does it: NaN in a masked key stays NaN
+            hidden = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, -torch.inf)
+            scores += hidden[..., :K]
+        return scores, allowed
+
+    def pattern(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Attention probabilities (B, H, Q, K) before dropout, float32 (float64 for a float64 model).
+
+        Rows sum to 1, or to less where a sink takes the rest. Rows that may see no key are 0, as
+        scaled_dot_product_attention makes them; NaN is left as it is.
+        """
+        K = self.shape[3]
+        scores, _ = self.scores(start, self.shape[2] if stop is None else stop)
+        pattern = scores.softmax(-1).masked_fill_(scores.isneginf().all(-1, keepdim=True), 0)[..., :K]
+        return F.pad(pattern, (0, K - pattern.shape[-1]))
+
+    def visible(self, start: int, stop: int) -> Tensor | None:
+        """Which keys rows ``start`` to ``stop`` may see apart from causality: bool, broadcastable to (B, H, R, K).
+
+        None: all.
+        """
+        if self.model_scores is not None:
+            return _above_mask(self.model_scores[:, :, start:stop])
+        if self.mask_mod is not None:
+            allowed = self.mask_mod(start, stop)
+            return allowed[: self.shape[0]]
+        if self.mask is not None:
+            mask = self._rows_of_mask(start, stop)
+            # NaN in an additive mask is a number gone wrong, not a mask
+            return mask if mask.dtype == torch.bool else ~(mask <= MASKED_BELOW)
+        return None
+
+    @cached_property
+    def padded_queries(self) -> Tensor | None:
+        """bool, broadcastable to (B, H, Q): rows of padding, or None where no mask shows any.
+
+        In self-attention a position that no row attends to is padding, provided that every other position sees itself
+        (a mask that hides the diagonal of real tokens says nothing about padding).
+        """
+        Q, K = self.shape[2], self.n_positions
+        if self.mask is None and self.mask_mod is None and self.model_scores is None:
+            return None
+        if not self.is_self_attention or Q != K or Q == 0:
+            return None
+        seen, itself = [], []
+        for start in range(0, Q, _ROWS):
+            rows = self.visible(start, min(start + _ROWS, Q))
+            assert rows is not None
+            rows = rows[..., :K].expand(*rows.shape[:-1], K)  # (B | 1, H | 1, R | 1, K)
+            seen.append(rows.any(-2))
+            n = min(_ROWS, Q - start)
+            itself.append(rows.expand(*rows.shape[:-2], n, K).diagonal(start, -2, -1))
+        padded = ~torch.stack(seen).any(0)  # (B | 1, H | 1, K)
+        return padded if bool((torch.cat(itself, -1) | padded).all()) else None
+
+    def _rows_of_mask(self, start: int, stop: int) -> Tensor:
+        assert self.mask is not None
+        return self.mask if self.mask.shape[-2] == 1 else self.mask[..., start:stop, :]
+
+    @cached_property
+    def _key_for_scores(self) -> Tensor:
+        assert self.key is not None
+        return self.key.to(self.compute_dtype)
+
+    @property
+    def _given(self) -> Tensor:
+        given = self.model_scores if self.model_scores is not None else self.query
+        assert given is not None
+        return given
+
+
+def _above_mask(scores: Tensor) -> Tensor:
+    """Which entries of scores are not masked, judged by their size.
+
+    A mask of -1e4 or less, added or filled in, leaves scores far below anything else in the row. Where training has
+    blown scores up to thousands, only what lies far below those counts as masked.
+    """
+    lowest = max(-1e8, torch.finfo(scores.dtype).min * 0.9)
+    limit = (scores.amax(-1, keepdim=True).nan_to_num(0, 0, 0).abs() * -4).clamp(lowest, MASKED_BELOW / 2)
+    return ~(scores <= limit)

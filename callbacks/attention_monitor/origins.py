@@ -1,0 +1,208 @@
+"""Where the tensors of a running forward come from, as far as it takes to tell attention from other products.
+
+Every torch function that a model calls leaves an ``Origin`` for its results. From them follows whether queries and
+keys come from the same sequence, and whether what goes into a softmax are scores.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Products of two tensors, either of which may be a weight.
+PRODUCTS = {
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.mm,
+    Tensor.mm,
+    torch.addmm,
+    Tensor.addmm,
+    torch.baddbmm,
+    Tensor.baddbmm,
+    torch.einsum,
+}
+# Products with weights.
+_LAYERS = {F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d}
+
+
+@dataclass(slots=True, eq=False)
+class Origin:
+    """How a tensor came about.
+
+    Attributes:
+        serial: grows with time; 0 for what was there before anything was seen.
+        parents: of the tensors it was computed from.
+        is_data: depends on more than a weight: on data, or on several weights in turn.
+        is_known: made by a function that was seen, or a weight.
+        is_projection: product with a weight.
+        shape: of the tensor.
+        product: origins of the two tensors whose product it still is, but for bias, mask, scale and shape.
+    """
+
+    serial: int
+    parents: tuple["Origin", ...] = ()
+    is_data: bool = True
+    is_known: bool = True
+    is_projection: bool = False
+    shape: tuple[int, ...] = ()
+    product: "tuple[Origin, Origin] | None" = None
+
+
+_WEIGHT = Origin(0, is_data=False)
+
+
+@dataclass
+class Frame:
+    """A module whose forward is running.
+
+    Attributes:
+        name: path of the module.
+        module: the module.
+        start: serial number of the first tensor made in it.
+    """
+
+    name: str
+    module: nn.Module
+    start: int
+
+
+class Carried(Protocol):
+    """What a recogniser attaches to a tensor."""
+
+    def handed_on(self, tensor: Tensor) -> "Carried | None":
+        """What a tensor carries that was computed from this one, but not by a product."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    tensor: weakref.ref[Tensor]
+    origin: Origin
+    carried: Any = None  # not in the origin, which outlives the tensor
+
+
+class Origins:
+    """The origins of all tensors seen; forgets those that are gone."""
+
+    def __init__(self) -> None:
+        self._serial = itertools.count(1)
+        self._entries: dict[int, _Entry] = {}
+
+    def now(self) -> int:
+        """A serial number: larger than those of all tensors so far, smaller than those to come."""
+        return next(self._serial)
+
+    def of(self, tensor: Tensor) -> Origin:
+        """The tensor's origin; what was not seen being made is data, unless it is a parameter."""
+        if isinstance(tensor, nn.Parameter):
+            return _WEIGHT
+        return self._entry(tensor).origin
+
+    def carried(self, tensor: Tensor) -> Any:
+        """What was attached to the tensor, or to one that it was computed from; None: nothing."""
+        return None if isinstance(tensor, nn.Parameter) else self._entry(tensor).carried
+
+    def attach(self, tensor: Tensor, carried: Carried) -> None:
+        """Let the tensor carry something."""
+        self._entry(tensor).carried = carried
+
+    def cut(self) -> None:
+        """Forget how the tensors that are still there were made: that is of no more use in another forward."""
+        for entry in self._entries.values():
+            entry.origin.parents, entry.origin.product, entry.carried = (), None, None
+
+    def follow(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        """Take note of what a torch function has made."""
+        made = args[:1] if func is Tensor.__setitem__ else list(tensors_in((result,)))
+        if not made:
+            return
+        given = list(tensors_in((*args, *kwargs.values())))
+        parents = tuple(self.of(tensor) for tensor in given)
+        is_data = any(parent.is_data for parent in parents)
+        is_projection, product, carried = False, None, None
+        if func in _LAYERS:
+            # learned tokens, once they are projected, are as good as data
+            is_projection = is_data = True
+        elif func in PRODUCTS and len(parents) >= 2:
+            a, b = parents[-2:]
+            is_projection = not (a.is_data and b.is_data)
+            product = (a, b) if b.is_data else None
+        else:
+            product = next((parent.product for parent in parents if parent.product is not None), None)
+            carried = next((c for tensor in given if (c := self.carried(tensor)) is not None), None)
+        for tensor in made:
+            shape = tuple(tensor.shape)
+            origin = Origin(next(self._serial), parents, is_data, True, is_projection, shape, product)
+            self._set(tensor, origin, None if carried is None else carried.handed_on(tensor))
+
+    def _entry(self, tensor: Tensor) -> _Entry:
+        entry = self._entries.get(id(tensor))
+        if entry is None or entry.tensor() is not tensor:
+            entry = self._set(tensor, Origin(0, is_known=False, shape=tuple(tensor.shape)))
+        return entry
+
+    def _set(self, tensor: Tensor, origin: Origin, carried: Any = None) -> _Entry:
+        key, entries = id(tensor), self._entries
+        entry = entries[key] = _Entry(weakref.ref(tensor, lambda _: entries.pop(key, None)), origin, carried)
+        return entry
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in lists and tuples among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from tensors_in(value)
+
+
+def sources(origin: Origin, start: int) -> tuple[set[Origin], set[Origin]]:
+    """What a tensor was computed from that was there before ``start``: through a projection, and without one."""
+    projected: set[Origin] = set()
+    plain: set[Origin] = set()
+    seen: set[tuple[Origin, bool]] = set()
+    todo = [(origin, False)]
+    while todo:
+        current, through = todo.pop()
+        if (current, through) in seen or not current.is_data:
+            continue
+        seen.add((current, through))
+        if current.serial < start:
+            (projected if through else plain).add(current)
+        else:
+            through = through or current.is_projection
+            todo.extend((parent, through) for parent in current.parents)
+    return projected, plain
+
+
+def same_sequence(query: Origin, key: Origin, frames: Sequence[Frame], *, projects: bool = False) -> bool | None:
+    """Whether queries and keys were projected from the same tensor; None where that was not seen.
+
+    Decided in the innermost module that projects: further out, everything comes from the same input.
+
+    Args:
+        query: origin of the queries.
+        key: of the keys.
+        frames: modules that are running, outermost first.
+        projects: the call itself projects what it is given.
+    """
+    for depth, frame in enumerate(reversed(frames)):
+        (q, q_plain), (k, k_plain) = sources(query, frame.start), sources(key, frame.start)
+        if projects:
+            q, k, q_plain, k_plain = q | q_plain, k | k_plain, set(), set()
+        if q & k or q & k_plain or q_plain & k:  # not both plain: rotary angles are applied to both
+            return True
+        # a module that projects what it is handed does not show where it came from, unless there is nothing outside
+        handed_over = projects and depth == 0 and len(frames) > 1
+        if (q or k) and not handed_over:
+            lost = any(not origin.is_known for origin in q_plain | k_plain)
+            return None if lost else False
+    return None
