@@ -121,7 +121,7 @@ class AttentionCall:
         """
         if self.model_scores is not None:
             scores = self.model_scores[:, :, start:stop]
-            return scores.to(self.compute_dtype), _above_mask(scores)
+            return scores.to(self.compute_dtype), ~(scores <= self._limit)
         assert self.query is not None
         assert self.key is not None
         K = min(stop, self.key.shape[2]) if self.is_causal else self.key.shape[2]
@@ -136,7 +136,7 @@ class AttentionCall:
             scores = self.score_mod(scores, start)
         allowed = torch.ones((1, 1, R, K), dtype=torch.bool, device=q.device)
         if self.score_mod is not None:
-            allowed = _above_mask(scores)  # it may mask too
+            allowed = ~(scores <= _mask_limit(scores))  # it may mask too
         if self.is_causal:
             below = torch.ones((R, K), dtype=torch.bool, device=q.device).tril_(start)
             scores.masked_fill_(~below, -torch.inf)
@@ -169,7 +169,7 @@ class AttentionCall:
         None: all.
         """
         if self.model_scores is not None:
-            return _above_mask(self.model_scores[:, :, start:stop])
+            return ~(self.model_scores[:, :, start:stop] <= self._limit)
         if self.mask_mod is not None:
             allowed = self.mask_mod(start, stop)
             return allowed[: self.shape[0]]
@@ -211,6 +211,11 @@ class AttentionCall:
         assert self.key is not None
         return self.key.to(self.compute_dtype)
 
+    @cached_property
+    def _limit(self) -> Tensor:
+        assert self.model_scores is not None
+        return _mask_limit(self.model_scores)
+
     @property
     def _given(self) -> Tensor:
         given = self.model_scores if self.model_scores is not None else self.query
@@ -218,12 +223,12 @@ class AttentionCall:
         return given
 
 
-def _above_mask(scores: Tensor) -> Tensor:
-    """Which entries of scores are not masked, judged by their size.
+def _mask_limit(scores: Tensor) -> Tensor:
+    """Highest value of masked entries of scores (B, H, R, K), for each head: (1, H, 1, 1).
 
-    A mask of -1e4 or less, added or filled in, leaves scores far below anything else in the row. Where training has
-    blown scores up to thousands, only what lies far below those counts as masked.
+    A mask of -1e4 or less, added or filled in, leaves a wide gap below the lowest score. There is none where training
+    has blown up the scores themselves to thousands; then only what no score reaches counts as masked.
     """
     lowest = max(-1e8, torch.finfo(scores.dtype).min * 0.9)
-    limit = (scores.amax(-1, keepdim=True).nan_to_num(0, 0, 0).abs() * -4).clamp(lowest, MASKED_BELOW / 2)
-    return ~(scores <= limit)
+    in_gap = (scores > MASKED_BELOW / 2) & (scores < MASKED_BELOW / 4)
+    return torch.where(in_gap.any(-1).any(-1).any(0)[None, :, None, None], lowest, MASKED_BELOW / 2)

@@ -96,15 +96,15 @@ class Capture(TorchFunctionMode):
             self._unseen = module
             super().__exit__(None, None, None)
 
-    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leaving(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
         if not any(frame.module is module for frame in self._frames):
             return
         while self._frames[-1].module is not module:  # left by an exception
             self._frames.pop()
         if self._unseen is module:
             super().__enter__()
-            if output is not None:  # it did not fail
-                self._run_slow_path(module, args, kwargs)
+            if len(kwargs_and_output) == 2:  # it did not fail: torch then leaves the kwargs out
+                self._run_slow_path(module, args, kwargs_and_output[0])
             self._unseen = None
         self._frames.pop()
         if not self._frames:

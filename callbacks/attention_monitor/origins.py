@@ -135,7 +135,8 @@ class Origins:
             a, b = parents[-2:]
             is_projection = not (a.is_data and b.is_data)
             product = (a, b) if b.is_data else None
-        else:
+        mixes_heads = func in (torch.einsum, F.conv2d) and is_projection and _keeps_rows_and_keys(given, made[0])
+        if not (func in _LAYERS or func in PRODUCTS) or mixes_heads:
             product = next((parent.product for parent in parents if parent.product is not None), None)
             carried = next((c for tensor in given if (c := self.carried(tensor)) is not None), None)
         for tensor in made:
@@ -153,6 +154,10 @@ class Origins:
         key, entries = id(tensor), self._entries
         entry = entries[key] = _Entry(weakref.ref(tensor, lambda _: entries.pop(key, None)), origin, carried)
         return entry
+
+
+def _keeps_rows_and_keys(given: Sequence[Tensor], made: Tensor) -> bool:
+    return any(x.dim() == made.dim() >= 3 and x.shape[-2:] == made.shape[-2:] for x in given)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
