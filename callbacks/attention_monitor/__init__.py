@@ -15,6 +15,7 @@ _HOME = {
     "AttentionMonitor": "monitor",
     "AttentionMonitorError": "errors",
     "AttentionRecorder": "recorder",
+    "AttentionTrainerCallback": "trainer_callback",
     "AttentionWarning": "recorder",
     "NoAttentionError": "capturing",
     "STATISTICS": "statistics",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .probes import TextProbe, score_relations
     from .recorder import AttentionRecorder, AttentionWarning
     from .statistics import STATISTICS, RowBlock, Snapshot, statistic, summarize
+    from .trainer_callback import AttentionTrainerCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ from .errors import AttentionMonitorError
 from .origins import Frame, Origins
 from .recognisers import ATTENTION_NAME, Fate, NotUnderstoodError, Recogniser, Seen, recogniser_of, run_flex_attention
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module path
+
 # These have a fast path for inference that cannot be seen, and that they leave while a function mode is on.
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -83,6 +85,15 @@ class Capture(TorchFunctionMode):
         self._exit.close()
         self._frames.clear()
         self._origins = Origins()
+
+    @contextmanager
+    def inside_forward(self) -> Iterator[None]:
+        """For a capture that begins after the forward of the model itself has begun."""
+        self._entering(self.model, ())
+        try:
+            yield
+        finally:
+            self._leaving(self.model, ())
 
     def _entering(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(module)
@@ -303,13 +314,30 @@ def capture(model: nn.Module, sites: str | Sequence[str] | None = None) -> Itera
         raise NoAttentionError(running.explain_nothing())
 
 
+def stacks(sites: Sequence[str], cross: Sequence[bool]) -> list[str]:
+    """Which stack of layers each site belongs to, such as ``encoder.block.*.attn``.
+
+    Sites of a stack have paths that differ in numbers only, and are all self-attention or all cross-attention.
+    """
+    keys = [(_NUMBER.sub("*", site), is_cross) for site, is_cross in zip(sites, cross, strict=True)]
+    names = {}
+    for key in keys:
+        numbers = [_NUMBER.findall(site) for site, other in zip(sites, keys, strict=True) if other == key]
+        columns = [set(column) for column in zip(*numbers, strict=True)]
+        restored = [column.pop() if len(column) == 1 < len(numbers) else "*" for column in columns]
+        first, *rest = key[0].split("*")
+        names[key] = first + "".join(number + piece for number, piece in zip(restored, rest, strict=True))
+    used = Counter(names.values())
+    return [names[key] if used[names[key]] == 1 else f"{names[key]} ({'cross' if key[1] else 'self'})" for key in keys]
+
+
 def layer_labels(sites: list[str]) -> list[str]:
     """Short labels for sites: ``L00``, ``L01`` ... for a plain stack of layers, the module path otherwise.
 
     A plain stack is sites whose paths differ in one number only.
     """
-    templates = {re.sub(r"(?<![^.])\d+(?![^.])", "*", site) for site in sites}
-    numbers = [re.findall(r"(?<![^.])\d+(?![^.])", site) for site in sites]
+    templates = {_NUMBER.sub("*", site) for site in sites}
+    numbers = [_NUMBER.findall(site) for site in sites]
     if len(templates) == 1:
         varying = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
         if len(varying) == 1:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calls import AttentionCall
-from .capturing import Capture, NoAttentionError, captures_paused, layer_labels
+from .capturing import Capture, NoAttentionError, captures_paused, layer_labels, stacks
 from .diagnosis import Diagnosis
 from .errors import AttentionMonitorError
 from .probes import TextProbe, TokenProbe
@@ -49,6 +49,7 @@ class Recording:
         self.statistics, self.max_sequences, self.with_patterns = statistics, max_sequences, with_patterns
         self._capture = Capture(model, self._on_call, sites, told)
         self._totals: dict[str, HeadTotals] = {}
+        self._is_cross: dict[str, bool] = {}
         self._patterns: dict[str, Tensor] = {}
         self._pooled = False
 
@@ -59,10 +60,17 @@ class Recording:
     def __exit__(self, *exception: Any) -> None:
         self._capture.__exit__(*exception)
 
+    @contextmanager
+    def inside_forward(self) -> Iterator[None]:
+        """The forward of the model itself has begun before the recording has."""
+        with self._capture.inside_forward():
+            yield
+
     def _on_call(self, call: AttentionCall) -> None:
         if self.max_sequences is not None:
             call = call.first(self.max_sequences)
         totals = self._totals.setdefault(call.site, HeadTotals(self.statistics))
+        self._is_cross.setdefault(call.site, not call.is_self_attention)
         if self.with_patterns and call.site not in self._patterns:
             self._patterns[call.site] = picture(call.first(1))[0].cpu()
             self._pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
@@ -78,16 +86,21 @@ class Recording:
             raise NoAttentionError(self._capture.explain_nothing())
 
     def snapshot(self, step: int, source: str, tokens: list[str] | None = None) -> Snapshot:
-        """What has been seen; sites in order of execution."""
-        sites = [self._capture.final_site(site) for site in self._totals]
+        """What has been seen; sites in order of execution, but those of a stack together."""
+        seen = list(self._totals)
+        sites = [self._capture.final_site(site) for site in seen]
+        names = stacks(sites, [self._is_cross[site] for site in seen])
+        order = sorted(range(len(seen)), key=lambda i: names.index(names[i]))
+        sites = [sites[i] for i in order]
         return Snapshot(
             step=step,
             source=source,
             labels=layer_labels(sites),
             sites=sites,
-            values=[totals.values() for totals in self._totals.values()],
-            patterns=list(self._patterns.values()),
+            values=[self._totals[seen[i]].values() for i in order],
+            patterns=[self._patterns[seen[i]] for i in order if seen[i] in self._patterns],
             tokens=None if self._pooled else tokens,
+            stacks=[names[i] for i in order],
         )
 
 
@@ -238,11 +251,23 @@ class AttentionRecorder:
 
     def begin(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probe (under ``precision``), then watch what the model does."""
+        self.prepare(step, precision)
+        assert self._live is not None
+        self._live.__enter__()
+
+    def prepare(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
+        """Run the probe, and be ready to ``watch_forward``."""
         self.abort()  # a step that was begun and never finished
         self._step = self._sampled_step = step
         self._probed = self._try_probe(step, precision)
         self._live = self._recording(self._live_statistics, self.max_sequences, with_patterns=self.probe is None)
-        self._live.__enter__()
+
+    @contextmanager
+    def watch_forward(self) -> Iterator[None]:
+        """Watch what happens in the context, which is in the model's forward."""
+        assert self._live is not None
+        with self._live, self._live.inside_forward():
+            yield
 
     def end_forward(self) -> None:
         """Stop watching; goes on if there was no attention yet: this may be the backward of another part."""
@@ -267,6 +292,11 @@ class AttentionRecorder:
         for message in self.diagnosis.explain(self.diagnosis.update(snapshot)):
             warnings.warn(f"AttentionMonitor: {message}", AttentionWarning, stacklevel=2)
         return snapshot
+
+    @property
+    def is_recording(self) -> bool:
+        """A step has begun, and neither been finished nor aborted."""
+        return self._live is not None
 
     def abort(self) -> None:
         """Stop watching and forget the step."""

@@ -316,10 +316,11 @@ class Snapshot:
         step: optimizer steps done before it.
         source: ``live`` or the probe's name.
         labels: one for each site, in order of execution: ``L00`` or a module path.
-        sites: module paths.
+        sites: module paths; those of a stack stand together.
         values: for each site, statistic -> (H,).
         patterns: for each site (H, Q, K) of one sequence, possibly pooled; empty if none was asked for.
         tokens: labels of the positions, where known and not pooled.
+        stacks: for each site the stack of layers it belongs to, such as ``decoder.layers.*.self_attn``.
     """
 
     step: int
@@ -329,9 +330,10 @@ class Snapshot:
     values: list[dict[str, Tensor]]
     patterns: list[Tensor] = field(default_factory=list)
     tokens: list[str] | None = None
+    stacks: list[str] = field(default_factory=list)
 
-    def mean(self, statistic: str) -> float:
-        """Mean over all heads of all sites that have a value; NaN if none has."""
-        if not self.values:
-            return math.nan
-        return float(torch.cat([values[statistic] for values in self.values]).nanmean())
+    def mean(self, statistic: str, stack: str | None = None) -> float:
+        """Mean over all heads, or those of a stack, that have a value; NaN if none has."""
+        stacks: Sequence[str | None] = self.stacks or [None] * len(self.values)
+        heads = [v[statistic] for v, of in zip(self.values, stacks, strict=True) if stack in (None, of)]
+        return float(torch.cat(heads).nanmean()) if heads else math.nan

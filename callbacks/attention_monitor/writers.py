@@ -1,7 +1,7 @@
 """Snapshots -> loggers. The only module that knows tags.
 
     attention_{statistic}/L00H03     one head
-    attention_{statistic}/mean       mean over heads
+    attention_{statistic}/mean       mean over heads; of each stack of layers, where there are several, mean/{stack}
     attention_heads/{statistic}      layer x head matrix
     attention_maps/{source}          every map in one picture
 
@@ -212,6 +212,8 @@ class Writer:
             images[tag] = mosaic.draw(maps)
         for name in self.statistics if any(snapshot.values) else ():
             columns = [values[name].numpy() for values in snapshot.values]
+            if all(np.isnan(column).all() for column in columns):
+                continue
             tag, value_range = f"attention_heads/{name}", STATISTICS[name].range
             matrix = self._figure(tag, HeadMatrix, [len(c) for c in columns], snapshot.labels, name, value_range)
             images[tag] = matrix.draw(columns)
@@ -225,13 +227,16 @@ class Writer:
 
 
 def scalar_values(snapshot: Snapshot, statistics: Sequence[str]) -> dict[str, float]:
-    """tag -> value of every head and the mean over heads; NaN is left out."""
+    """tag -> value of every head, the mean over heads and over those of each stack; NaN is left out."""
     tagged = {}
     for name in statistics if any(snapshot.values) else ():
         for label, values in zip(snapshot.labels, snapshot.values, strict=True):
             for head, value in enumerate(values[name].tolist()):
                 tagged[f"attention_{name}/{head_name(label, head)}"] = value
         tagged[f"attention_{name}/mean"] = snapshot.mean(name)
+        stacks = list(dict.fromkeys(snapshot.stacks))
+        if len(stacks) > 1:
+            tagged |= {f"attention_{name}/mean/{stack}": snapshot.mean(name, stack) for stack in stacks}
     return {tag: value for tag, value in tagged.items() if not math.isnan(value)}
 
 

@@ -1,0 +1,136 @@
+"""The callback for Hugging Face's Trainer: when to look. Everything else is elsewhere."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from .probes import TextProbe
+from .recorder import AttentionRecorder, check_options
+from .statistics import DEFAULT_STATISTICS, Snapshot
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "AttentionTrainerCallback is for Hugging Face's Trainer, and transformers is not installed: pip install "
+        "transformers; or use AttentionRecorder, which does the same for a training loop of your own."
+    ) from error
+
+
+class AttentionTrainerCallback(TrainerCallback):
+    """Does for Hugging Face's ``Trainer`` what ``AttentionMonitor`` does for Lightning's.
+
+    At step 0, every ``every_n_steps`` optimizer steps and at the last step; under gradient accumulation the first
+    forward of a step. A step is numbered by the optimizer steps done before it, as Lightning does it: Trainer logs its
+    loss one step later.
+
+    Args:
+        every_n_steps: optimizer steps from one sample to the next.
+        probe: a text whose maps are drawn with its tokens, or a ``TextProbe``; the tokenizer is the Trainer's
+            ``processing_class``.
+        statistics: names from ``attention_monitor.STATISTICS``.
+        max_sequences: how many sequences of the batch the statistics are taken of.
+        sites: patterns as of a shell for the module paths to look at, such as ``model.decoder.*``; None: all.
+        log_to: a folder for TensorBoard's files, or a ``SummaryWriter``; None: ``runs/attention`` in the Trainer's
+            output folder, ``attention`` in ``$TENSORBOARD_LOGGING_DIR`` where that is set.
+
+    Attributes:
+        first: the first live Snapshot of this run.
+        latest: the newest live Snapshot.
+
+    Raises:
+        AttentionMonitorError: on an option that makes no sense, at once; before training, on a probe that cannot be
+            encoded or that the model does not take.
+        NoAttentionError: when no attention call is seen at the first sampled step.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        probe: str | TextProbe | None = None,
+        statistics: Sequence[str] = DEFAULT_STATISTICS,
+        max_sequences: int = 4,
+        sites: str | Sequence[str] | None = None,
+        log_to: Any = None,
+    ) -> None:
+        self.every_n_steps, self.log_to = every_n_steps, log_to
+        self.first: Snapshot | None = None
+        self.latest: Snapshot | None = None
+        self._options = check_options(every_n_steps, probe, statistics, max_sequences, sites)
+        self._recorder: AttentionRecorder | None = None
+        self._sampling = ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._close(complete=False)  # of a run that failed
+        self.first, self.latest = None, None
+        if not state.is_world_process_zero:
+            return
+        folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs")
+        self._recorder = AttentionRecorder(
+            kwargs["model"],
+            **self._options,
+            log_to=os.path.join(folder, "attention") if self.log_to is None else self.log_to,
+            tokenizer=kwargs.get("processing_class"),
+        )
+        self._recorder.check_probe()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step, recorder = state.global_step, self._recorder
+        if recorder is None or (step % self.every_n_steps and step != state.max_steps - 1):
+            return
+        self._sampling.close()
+        if args.torch_compile:
+            self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
+        recorder.prepare(step)
+        self._sampling.callback(_on_next_forward(kwargs["model"], recorder))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._sampling.close()
+        if self._recorder is not None and self._recorder.is_recording:
+            self.latest = self._recorder.finish()
+            self.first = self.first or self.latest
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._close(complete=True)
+
+    def _close(self, complete: bool) -> None:
+        self._sampling.close()
+        if self._recorder is not None:
+            self._recorder.close(complete=complete)
+            self._recorder = None
+
+
+def _on_next_forward(model: nn.Module, recorder: AttentionRecorder) -> Any:
+    """Watch the next forward of ``model``; returns what undoes this.
+
+    Trainer tells no callback of an exception. So nothing may be on outside the forward, which is left by whatever
+    happens in it.
+    """
+    replaced, original = model.__dict__.get("forward"), model.forward  # accelerate replaces it too
+
+    def undo() -> None:
+        if model.__dict__.get("forward") is forward:
+            if replaced is None:
+                del model.__dict__["forward"]
+            else:
+                model.__dict__["forward"] = replaced
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        undo()
+        with recorder.watch_forward():
+            return original(*args, **kwargs)
+
+    model.__dict__["forward"] = forward
+    return undo
