@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from .calls import AttentionCall
 from .errors import AttentionMonitorError
@@ -76,8 +77,9 @@ class Capture(TorchFunctionMode):
             stack.callback(register_module_forward_pre_hook(self._entering).remove)
             stack.callback(register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True).remove)
             stack.enter_context(_running(self))
-            super().__enter__()
-            stack.push(super().__exit__)
+            self._thread = get_ident()
+            self._switch_on()
+            stack.callback(self._switch_off)
             self._exit = stack.pop_all()
         return self
 
@@ -85,6 +87,17 @@ class Capture(TorchFunctionMode):
         self._exit.close()
         self._frames.clear()
         self._origins = Origins()
+
+    def _switch_on(self) -> None:
+        super().__enter__()
+
+    def _switch_off(self) -> None:
+        """Take this mode from the stack, wherever it is: others may have been left on above it, or it may be off."""
+        above: list[Any] = []
+        while self in _get_current_function_mode_stack():
+            above.append(_pop_mode())
+        for mode in reversed(above[:-1]):
+            _push_mode(mode)
 
     @contextmanager
     def inside_forward(self) -> Iterator[None]:
@@ -97,23 +110,23 @@ class Capture(TorchFunctionMode):
 
     def _entering(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(module)
-        if name is None or self.paused:
+        if name is None or self.paused or get_ident() != self._thread:
             return
         if not self._frames:
             self._calls_in_forward.clear()
             self._origins.cut()
         self._frames.append(Frame(name, module, self._origins.now()))
-        if self._unseen is None and _may_take_fast_path(module) and torch._C._len_torch_function_stack() == 1:
+        if self._unseen is None and _may_take_fast_path(module) and _get_current_function_mode_stack() == [self]:
             self._unseen = module
-            super().__exit__(None, None, None)
+            self._switch_off()
 
     def _leaving(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
-        if not any(frame.module is module for frame in self._frames):
+        if get_ident() != self._thread or not any(frame.module is module for frame in self._frames):
             return
         while self._frames[-1].module is not module:  # left by an exception
             self._frames.pop()
         if self._unseen is module:
-            super().__enter__()
+            self._switch_on()
             if len(kwargs_and_output) == 2:  # it did not fail: torch then leaves the kwargs out
                 self._run_slow_path(module, args, kwargs_and_output[0])
             self._unseen = None

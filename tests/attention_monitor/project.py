@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module
 
 VOCAB, T = 11, 8
 
@@ -76,9 +77,10 @@ class Project(pl.LightningModule):
 
 
 def installed(model):
-    """What a monitor may leave behind in a model and in torch: hooks, function modes."""
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return hooks + torch._C._len_torch_function_stack()
+    """What a monitor may leave behind: hooks in the model or common to all, replaced methods, function modes."""
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in model.modules())
+    common = len(module._global_forward_hooks) + len(module._global_forward_pre_hooks)
+    return hooks + common + torch._C._len_torch_function_stack()
 
 
 def make_trainer(tmp_path, callbacks=(), **options):

@@ -1,5 +1,8 @@
+import copy
+import functools
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
 import torch
@@ -7,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from attention_monitor import NoAttentionError, capture
-from attention_monitor.capturing import Capture, layer_labels
+from attention_monitor import NoAttentionError, capture, summarize
+from attention_monitor.capturing import Capture, layer_labels, stacks
+
+from .project import installed
 
 
 class Attention(nn.Module):
@@ -32,28 +37,6 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = x + layer["attn"](x)
         return x
-
-
-def installed(model):
-    """What a capture may leave behind: hooks in the model, function modes."""
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return hooks + torch._C._len_torch_function_stack()
-
-
-def test_calls_of_other_models_are_not_counted():
-    model, other = Stack(1), Stack(1)
-    with capture(model) as calls:
-        other(torch.randn(1, 4, 8))
-        model(torch.randn(1, 4, 8))
-        F.scaled_dot_product_attention(*[torch.randn(1, 1, 3, 4)] * 3)
-    assert [call.site for call in calls] == ["layers.0.attn"]
-
-
-def test_a_script_module_in_the_model_is_passed_over():
-    model = nn.Sequential(torch.jit.trace(nn.Linear(8, 8), torch.randn(1, 8)), Stack(1))
-    with capture(model) as calls:
-        model(torch.randn(1, 4, 8))
-    assert [call.site for call in calls] == ["1.layers.0.attn"]
 
 
 def test_sites_are_module_paths_in_order_of_execution():
@@ -89,12 +72,136 @@ def test_a_model_that_calls_attention_itself_is_named_by_its_class():
     assert calls[0].site == "Attention"
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda model: nn.Sequential(model)[0]])
-def test_wrappers_leave_no_trace_in_site_names(wrap):
-    model = nn.ModuleDict({"net": wrap(Stack(1))})
+def test_a_module_that_is_registered_twice_is_one_site_with_two_calls():
+    model = Stack(2)
+    model.layers[1] = model.layers[0]
     with capture(model) as calls:
-        model["net"](torch.randn(1, 4, 8))
-    assert [call.site for call in calls] == ["net.layers.0.attn"]
+        model(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == ["layers.0.attn[0]", "layers.0.attn[1]"]
+
+
+class DataParallelLike(nn.Module):
+    """What DistributedDataParallel and DataParallel are to module paths."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+class LoraModel(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args):
+        return self.model(*args)
+
+
+class PeftModel(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = LoraModel(model)
+
+    def forward(self, *args):
+        return self.base_model(*args)
+
+
+WRAPPERS = {
+    "compile": torch.compile,
+    "data parallel": DataParallelLike,
+    "peft": PeftModel,
+    "several": lambda model: torch.compile(DataParallelLike(PeftModel(model))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("inside", [True, False])
+def test_wrappers_leave_no_trace_in_site_names(wrap, inside):
+    model = nn.Sequential(nn.ModuleDict({"net": wrap(Stack(1))})["net"]) if inside else wrap(Stack(1))
+    with capture(model) as calls:
+        model(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == ["0.layers.0.attn" if inside else "layers.0.attn"]
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("static_graph", [True, False])
+def test_distributed_data_parallel(one_process, static_graph):
+    model = nn.parallel.DistributedDataParallel(Stack(2), static_graph=static_graph)
+    x = torch.randn(2, 4, 8)
+    plain = model(x)
+    with capture(model) as calls:
+        watched = model(x)
+    watched.sum().backward()
+    assert torch.equal(plain, watched)
+    assert [call.site for call in calls] == ["layers.0.attn", "layers.1.attn"]
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP.*", "ignore:.*fully_shard.*")
+def test_fully_sharded_data_parallel(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = Stack(2), torch.randn(2, 4, 8)
+    plain = model(x)
+    for layer in model.layers:
+        fully_shard(layer["attn"])
+    fully_shard(model)
+    with capture(model) as calls:
+        watched = model(x)
+    watched.sum().backward()
+    assert torch.equal(plain, watched)
+    assert [call.site for call in calls] == ["layers.0.attn", "layers.1.attn"]
+
+
+def test_modules_that_are_called_like_a_wrapper_s_child_keep_their_names():
+    model = nn.ModuleDict({"module": nn.ModuleDict({"model": Stack(1)}), "model": Stack(1)})
+    with capture(model) as calls:
+        model["model"](model["module"]["model"](torch.randn(1, 4, 8)))
+    assert [call.site for call in calls] == ["module.model.layers.0.attn", "model.layers.0.attn"]
+
+
+def test_a_parametrized_or_hooked_model_has_the_same_sites():
+    model = Stack(1)
+    nn.utils.parametrizations.weight_norm(model.layers[0]["attn"].qkv)
+    order = []
+    model.layers[0]["attn"].register_forward_pre_hook(lambda *_: order.append("before"))
+    model.layers[0]["attn"].register_forward_hook(lambda *_: order.append("after"))
+    with capture(model) as calls:
+        model(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == ["layers.0.attn"]
+    assert order == ["before", "after"]
+
+
+@pytest.mark.parametrize(
+    ("sites", "seen"),
+    [
+        ("layers.1.*", ["layers.1.attn"]),
+        (["layers.0.*", "layers.2.attn"], ["layers.0.attn", "layers.2.attn"]),
+        ("*", ["layers.0.attn", "layers.1.attn", "layers.2.attn"]),
+        ("layers.[01].attn", ["layers.0.attn", "layers.1.attn"]),
+        ("*[[]0]", ["layers.0.attn", "layers.1.attn", "layers.2.attn"]),
+    ],
+)
+def test_sites_are_chosen_by_patterns(sites, seen):
+    with capture(model := Stack(), sites) as calls:
+        model(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == seen
+
+
+def test_patterns_that_match_nothing_are_an_error_that_says_what_there_is():
+    with (
+        pytest.raises(NoAttentionError, match=r"sites=\['decoder.*'\] matches none of those seen, layers.0.attn"),
+        capture(model := Stack(1), "decoder.*"),
+    ):
+        model(torch.randn(1, 4, 8))
 
 
 def test_a_compiled_model_is_captured_and_not_compiled_again():
@@ -118,27 +225,151 @@ def test_a_compiled_model_is_captured_and_not_compiled_again():
     assert len(compilations) == n
 
 
+@pytest.mark.parametrize("how", ["whole", "fullgraph", "per block", "method"])
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_compiled_training_steps(how, backward_inside):
+    torch._dynamo.reset()
+    model = Stack(2, is_causal=True)
+    if how == "per block":
+        for layer in model.layers:
+            layer["attn"].compile(backend="eager")
+        run = model
+    elif how == "method":
+        model.compile(backend="eager")
+        run = model
+    else:
+        run = torch.compile(model, backend="eager", fullgraph=how == "fullgraph")
+    x = torch.randn(2, 5, 8)
+
+    def step():
+        model.zero_grad()
+        loss = run(x).square().sum()
+        return loss
+
+    losses = []
+    for watch in (False, True, False, True):
+        if watch:
+            with capture(run) as calls:
+                loss = step()
+                if backward_inside:
+                    loss.backward()
+            assert [call.site for call in calls] == ["layers.0.attn", "layers.1.attn"]
+        else:
+            loss = step()
+        if not (watch and backward_inside):
+            loss.backward()
+        losses.append((loss.item(), model.layers[0]["attn"].qkv.weight.grad.clone()))
+    assert all(loss == losses[0][0] and torch.equal(grad, losses[0][1]) for loss, grad in losses)
+
+
 def test_captures_that_overlap_leave_compilation_as_it_was():
     compiled = torch.compile(Stack(1), backend="eager")
     x = torch.randn(1, 4, 8)
     compiled(x)
+    before = installed(compiled)
     one, other = Capture(compiled, lambda call: None), Capture(compiled, lambda call: None)
     one.__enter__()
     other.__enter__()
     one.__exit__()
     other.__exit__()
     assert torch._dynamo.eval_frame._stance.stance == "default"
-    assert installed(compiled) == 0
+    assert installed(compiled) == before
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpointed_forward_is_counted_once(use_reentrant):
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_a_checkpointed_forward_is_counted_once(use_reentrant, backward_inside):
     model = Stack(2)
+    for layer in model.layers:
+        layer["attn"].forward = functools.partial(checkpoint, layer["attn"].forward, use_reentrant=use_reentrant)
     x = torch.randn(1, 4, 8, requires_grad=True)
     with capture(model) as calls:
-        loss = checkpoint(model, x, use_reentrant=use_reentrant).sum()
-    loss.backward()
-    assert len(calls) == 2
+        loss = model(x).sum()
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    assert [call.site for call in calls] == ["layers.0.attn", "layers.1.attn"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_other_precisions(dtype):
+    model, x = Stack(1).to(dtype), torch.randn(2, 5, 8, dtype=dtype)
+    with capture(model) as calls:
+        watched = model(x)
+    assert torch.equal(watched, model(x))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert calls[0].pattern().dtype == expected
+    assert all(value.dtype == torch.float32 for value in summarize(calls[0]).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(dtype):
+    model, x = Stack(1), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", dtype):
+        plain = model(x)
+        with capture(model) as calls:
+            watched = model(x)
+    assert torch.equal(plain, watched)
+    assert calls[0].query.dtype == dtype
+    assert not summarize(calls[0])["entropy"].isnan().any()
+
+
+def test_another_default_dtype_and_device():
+    model, x = Stack(1), torch.randn(2, 5, 8)
+    with capture(model) as calls:
+        model(x)
+    expected = summarize(calls[0])
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")  # what is made without naming a device is of no use
+    try:
+        with capture(model) as calls:
+            model(x)
+        values, pattern = summarize(calls[0]), calls[0].pattern()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert pattern.device.type == "cpu"
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name], value)
+
+
+def test_inference_mode():
+    model, x = Stack(2), torch.randn(2, 5, 8)
+    with torch.inference_mode(), capture(model) as calls:
+        model(x)
+    with torch.no_grad(), capture(model) as expected:
+        model(x)
+    assert [call.site for call in calls] == ["layers.0.attn", "layers.1.attn"]
+    torch.testing.assert_close(calls[1].pattern(), expected[1].pattern())
+
+
+def test_batches_of_variable_length():
+    with capture(model := Stack(1)) as calls:
+        for length in (3, 7, 1):
+            model(torch.randn(1, length, 8))
+    assert [call.shape for call in calls] == [(1, 2, length, length) for length in (3, 7, 1)]
+
+
+def test_a_copy_of_the_model_made_meanwhile_is_its_own():
+    model = Stack(1)
+    with capture(model) as calls:
+        model(torch.randn(1, 4, 8))
+        other = copy.deepcopy(model)
+        other(torch.randn(1, 4, 8))
+    assert len(calls) == 1
+    assert installed(other) == 0
+
+
+def test_a_model_that_runs_in_another_thread_is_left_alone():
+    model = Stack(1)
+    with capture(model) as calls:
+        model(torch.randn(1, 4, 8))
+        thread = Thread(target=model, args=(torch.randn(1, 4, 8),))
+        thread.start()
+        thread.join()
+        model(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == ["layers.0.attn"] * 2
 
 
 def test_output_and_gradients_do_not_change():
@@ -169,6 +400,36 @@ def test_nothing_stays_installed():
     with capture(model):
         assert installed(model) > 0
         model(torch.randn(1, 4, 8))
+    assert installed(model) == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_nothing_stays_installed_after_an_interruption(error, fast_path):
+    class Interrupted(nn.Linear):
+        def forward(self, x):
+            raise error
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).train(not fast_path)
+    layer.linear2 = Interrupted(16, 8)
+    layer.activation_relu_or_gelu = 0  # so that the fast path is not taken after all, and linear2 is reached
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).train(not fast_path)
+    user_mode = torch.device("cpu")
+    with torch.set_grad_enabled(not fast_path), pytest.raises(error), capture(encoder):
+        encoder(torch.randn(1, 3, 8))
+    assert installed(encoder) == 0
+    with user_mode, pytest.raises(error), capture(encoder):
+        encoder(torch.randn(1, 3, 8))
+    assert installed(encoder) == 0
+
+
+def test_a_mode_of_the_user_s_that_is_left_on_stays_on():
+    model, mode = Stack(1), torch.device("cpu")
+    with capture(model):
+        mode.__enter__()
+        model(torch.randn(1, 4, 8))
+    assert torch._C._len_torch_function_stack() == 1
+    mode.__exit__(None, None, None)
     assert installed(model) == 0
 
 
@@ -226,6 +487,25 @@ def test_an_error_of_the_model_is_not_replaced_by_the_lack_of_attention():
 )
 def test_layers_of_a_plain_stack_are_numbered_and_others_keep_their_path(sites, labels):
     assert layer_labels(sites) == labels
+
+
+@pytest.mark.parametrize(
+    ("sites", "cross", "names"),
+    [
+        (["h.0.attn", "h.1.attn"], [False, False], ["h.*.attn"] * 2),
+        (
+            ["enc.0.attn", "enc.1.attn", "dec.0.self", "dec.0.cross", "dec.1.self", "dec.1.cross"],
+            [False, False, False, True, False, True],
+            ["enc.*.attn", "enc.*.attn", "dec.*.self", "dec.*.cross", "dec.*.self", "dec.*.cross"],
+        ),
+        (["b.0.layer.1.x", "b.1.layer.1.x"], [True, True], ["b.*.layer.1.x"] * 2),
+        (["h.0", "h.1"], [False, True], ["h.* (self)", "h.* (cross)"]),
+        (["x[0]", "x[1]"], [False, False], ["x[0]", "x[1]"]),
+        ([], [], []),
+    ],
+)
+def test_stacks_are_sites_that_differ_in_a_number(sites, cross, names):
+    assert stacks(sites, cross) == names
 
 
 def test_capture_does_not_load_the_compiler():
