@@ -23,7 +23,16 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from .calls import AttentionCall
 from .errors import AttentionMonitorError
 from .origins import Frame, Origins
-from .recognisers import ATTENTION_NAME, Fate, NotUnderstoodError, Recogniser, Seen, recogniser_of, run_flex_attention
+from .recognisers import (
+    ATTENTION_NAME,
+    RECOGNISERS,
+    Fate,
+    NotUnderstoodError,
+    Recogniser,
+    Seen,
+    name_of,
+    run_flex_attention,
+)
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module path
 
@@ -152,13 +161,14 @@ class Capture(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recogniser = recogniser_of(func)
-        result = run_flex_attention(func, args) if _is_flex_attention(func) else func(*args, **kwargs)
+        name = name_of(func)
+        result = run_flex_attention(func, args) if name == "flex_attention" else func(*args, **kwargs)
         # outside the model's forward somebody else is calling: another model, the loss. In a backward pass,
         # checkpointing is calling once more what was seen.
         if self._frames and not self.paused and torch._C._current_graph_task_id() == -1:
             try:
                 self._origins.follow(func, args, kwargs, result)
+                recogniser = RECOGNISERS.get(name)
                 if recogniser is not None:
                     self._read(recogniser, Seen(func, args, kwargs, result, self._frames, self._origins, self._fates))
             except Exception as error:  # the model's own forward must go on
@@ -230,10 +240,6 @@ class Capture(TorchFunctionMode):
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _is_flex_attention(func: Any) -> bool:
-    return isinstance(func, torch._ops.HigherOrderOperator) and func.name() == "flex_attention"
 
 
 def _may_take_fast_path(module: nn.Module) -> bool:

@@ -53,11 +53,8 @@ class Origin:
     is_data: bool = True
     is_known: bool = True
     is_projection: bool = False
-    shape: tuple[int, ...] = ()
+    shape: Sequence[int] = ()
     product: "tuple[Origin, Origin] | None" = None
-
-
-_WEIGHT = Origin(0, is_data=False)
 
 
 @dataclass
@@ -84,9 +81,13 @@ class Carried(Protocol):
 
 @dataclass(slots=True)
 class _Entry:
-    tensor: weakref.ref[Tensor]
+    tensor: Callable[[], Tensor | None]
     origin: Origin
     carried: Any = None  # not in the origin, which outlives the tensor
+
+
+_WEIGHT = _Entry(lambda: None, Origin(0, is_data=False))
+_NO_TENSORS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 
 
 class Origins:
@@ -102,13 +103,11 @@ class Origins:
 
     def of(self, tensor: Tensor) -> Origin:
         """The tensor's origin; what was not seen being made is data, unless it is a parameter."""
-        if isinstance(tensor, nn.Parameter):
-            return _WEIGHT
         return self._entry(tensor).origin
 
     def carried(self, tensor: Tensor) -> Any:
         """What was attached to the tensor, or to one that it was computed from; None: nothing."""
-        return None if isinstance(tensor, nn.Parameter) else self._entry(tensor).carried
+        return self._entry(tensor).carried
 
     def attach(self, tensor: Tensor, carried: Carried) -> None:
         """Let the tensor carry something."""
@@ -121,11 +120,16 @@ class Origins:
 
     def follow(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """Take note of what a torch function has made."""
-        made = args[:1] if func is Tensor.__setitem__ else list(tensors_in((result,)))
+        if func is Tensor.__setitem__:
+            result = args[0]
+        if isinstance(result, _NO_TENSORS):
+            return
+        made = [result] if isinstance(result, Tensor) else list(tensors_in((result,)))
         if not made:
             return
-        given = list(tensors_in((*args, *kwargs.values())))
-        parents = tuple(self.of(tensor) for tensor in given)
+        given = list(tensors_in((*args, *kwargs.values()) if kwargs else args))
+        entries = [self._entry(tensor) for tensor in given]
+        parents = tuple(entry.origin for entry in entries)
         is_data = any(parent.is_data for parent in parents)
         is_projection, product, carried = False, None, None
         if func in _LAYERS:
@@ -137,18 +141,20 @@ class Origins:
             product = (a, b) if b.is_data else None
         mixes_heads = func in (torch.einsum, F.conv2d) and is_projection and _keeps_rows_and_keys(given, made[0])
         if not (func in _LAYERS or func in PRODUCTS) or mixes_heads:
-            product = next((parent.product for parent in parents if parent.product is not None), None)
-            carried = next((c for tensor in given if (c := self.carried(tensor)) is not None), None)
+            for entry in entries:
+                product = entry.origin.product if product is None else product
+                carried = entry.carried if carried is None else carried
         for tensor in made:
-            shape = tuple(tensor.shape)
-            origin = Origin(next(self._serial), parents, is_data, True, is_projection, shape, product)
+            origin = Origin(next(self._serial), parents, is_data, True, is_projection, tensor.shape, product)
             self._set(tensor, origin, None if carried is None else carried.handed_on(tensor))
 
-    def _entry(self, tensor: Tensor) -> _Entry:
+    def _entry(self, tensor: Tensor) -> "_Entry":
         entry = self._entries.get(id(tensor))
-        if entry is None or entry.tensor() is not tensor:
-            entry = self._set(tensor, Origin(0, is_known=False, shape=tuple(tensor.shape)))
-        return entry
+        if entry is not None and entry.tensor() is tensor:
+            return entry
+        if isinstance(tensor, nn.Parameter):
+            return _WEIGHT
+        return self._set(tensor, Origin(0, is_known=False, shape=tensor.shape))
 
     def _set(self, tensor: Tensor, origin: Origin, carried: Any = None) -> _Entry:
         key, entries = id(tensor), self._entries

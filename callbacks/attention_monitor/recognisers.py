@@ -78,15 +78,16 @@ class Recogniser(ABC):
 RECOGNISERS: dict[Any, Recogniser] = {}
 
 
-def recogniser_of(func: Any) -> Recogniser | None:
-    """The recogniser for a function or operator, if there is one."""
-    found = RECOGNISERS.get(func)
-    if found is None and isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        packet = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else func
-        found = RECOGNISERS.get(packet._qualified_op_name)
-    elif found is None and isinstance(func, torch._ops.HigherOrderOperator):
-        found = RECOGNISERS.get(func.name())
-    return found
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
+
+
+def name_of(func: Any) -> Any:
+    """A function as ``functions`` names it: itself, or the name of an operator."""
+    if not isinstance(func, _OPERATORS):
+        return func
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        return func.name()
+    return (func.overloadpacket if isinstance(func, torch._ops.OpOverload) else func)._qualified_op_name
 
 
 class ScaledDotProduct(Recogniser):
@@ -603,7 +604,7 @@ def _heads(seen: Seen, candidate: Candidate, n: int) -> int:
 
     From what queries were projected from, (B, Q, E) or (Q, B, E), and the number of heads that the module names.
     """
-    shapes: list[tuple[int, ...]] = []
+    shapes: list[Sequence[int]] = []
     for frame in reversed(seen.frames):
         if candidate.product is not None and not shapes:
             shapes = [origin.shape for origin in sources(candidate.product[0], frame.start)[0]]

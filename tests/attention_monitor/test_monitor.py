@@ -1,5 +1,7 @@
 import math
 import re
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -349,6 +351,7 @@ def test_a_drawing_error_is_told_and_does_not_stop_training(tmp_path, monkeypatc
         ({"every_n_steps": 2.5}, "every_n_steps must be at least 1, got 2.5; give a whole number"),
         ({"probe": 123}, "probe must be a text or a TextProbe, got 123"),
         ({"max_sequences": 0}, "max_sequences must be at least 1, got 0"),
+        ({"sites": [1]}, r"sites must be patterns for module paths, such as \['decoder.\*'\], got \[1\]"),
         ({"statistics": ["entropy", "foo"]}, "Unknown statistic 'foo'; known are .*entropy"),
     ],
 )
@@ -391,6 +394,92 @@ def test_a_model_without_attention_is_refused(tmp_path, probe):
     with pytest.raises(NoAttentionError, match="No attention call was seen in NoAttention"):
         fit(tmp_path, AttentionMonitor(probe=probe), model)
     assert installed(model) == 0
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("other_installed", [True, False])
+def test_lightning_under_either_name(tmp_path, package, other_installed):
+    """In code and under LightningCLI, which takes only subclasses of its own package's Callback."""
+    absent = {"pytorch_lightning": ["lightning"], "lightning.pytorch": ["pytorch_lightning", "lightning_fabric"]}
+    config = tmp_path / "project.yaml"
+    config.write_text(
+        "trainer:\n  accelerator: cpu\n  max_steps: 2\n  logger: false\n  enable_checkpointing: false\n"
+        "  enable_model_summary: false\n  enable_progress_bar: false\n  callbacks:\n"
+        "    - class_path: attention_monitor.AttentionMonitor\n      init_args: {every_n_steps: 1, sites: '*.0.*'}\n"
+    )
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({[] if other_installed else absent[package]}))
+from attention_monitor import AttentionMonitor
+import torch
+from torch import nn
+from {package} import LightningModule, Trainer
+from {package}.cli import LightningCLI
+
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(8, 5, 8), batch_size=2)
+
+def check(trainer):
+    [monitor] = [callback for callback in trainer.callbacks if isinstance(callback, AttentionMonitor)]
+    assert (monitor.latest.step, len(monitor.latest.sites)) == (1, 1), monitor.latest
+
+trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False,
+                  callbacks=[AttentionMonitor(every_n_steps=1, sites="*.1.*")])
+trainer.fit(Model())
+check(trainer)
+check(LightningCLI(Model, args=["fit", "--config", {str(config)!r}]).trainer)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
+
+
+def test_without_lightning_it_says_what_to_do():
+    absent = dict.fromkeys(["lightning", "pytorch_lightning"])
+    code = f"import sys; sys.modules.update({absent}); from attention_monitor import AttentionMonitor"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "neither pytorch_lightning nor lightning is installed: pip install lightning; or use" in result.stderr
+
+
+def test_several_forwards_in_one_step_are_taken_together(tmp_path):
+    class Twice(Project):
+        def training_step(self, batch, batch_idx):
+            self(batch[:, :3])
+            return super().training_step(batch, batch_idx)
+
+    monitor = AttentionMonitor()
+    fit(tmp_path, monitor, Twice(), max_steps=1)
+    assert monitor.first.sites == ["blocks.0", "blocks.1"]
+
+
+def test_manual_optimisation_and_batches_of_variable_length(tmp_path):
+    class Manual(Project):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(super().training_step(batch[:, : 3 + batch_idx % 4], batch_idx))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    plain = fit(tmp_path / "plain", project=Manual())
+    watched = fit(tmp_path / "watched", AttentionMonitor(every_n_steps=3), Manual())
+    assert plain.losses == watched.losses
+    assert steps(tmp_path / "watched") == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("options", [{"precision": "64-true"}, {"precision": "bf16-true"}, {"precision": "16-mixed"}])
+def test_other_precisions(tmp_path, options):
+    plain = fit(tmp_path / "plain", **options)
+    watched = fit(tmp_path / "watched", AttentionMonitor(every_n_steps=3, probe="hello"), **options)
+    assert plain.losses == watched.losses
+    assert not math.isnan(read(tmp_path / "watched").Scalars("attention_entropy/mean")[-1].value)
 
 
 def test_two_monitors_side_by_side(tmp_path):
