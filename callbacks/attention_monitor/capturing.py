@@ -124,7 +124,7 @@ class Capture(TorchFunctionMode):
         if not self._frames:
             self._calls_in_forward.clear()
             self._origins.cut()
-        self._frames.append(Frame(name, module, self._origins.now()))
+        self._frames.append(Frame(name or type(module).__name__, module, self._origins.now()))
         if self._unseen is None and _may_take_fast_path(module) and _get_current_function_mode_stack() == [self]:
             self._unseen = module
             self._switch_off()
@@ -149,7 +149,7 @@ class Capture(TorchFunctionMode):
             with torch.no_grad():
                 module.forward(*args, **kwargs)
         except Exception as error:
-            self._not_understood(self._path, f"{type(error).__name__}: {error}")
+            self._not_understood(self._frames[-1].name, f"{type(error).__name__}: {error}")
 
     def _judge_softmaxes(self) -> None:
         """At the end of a forward: a softmax in an attention module that led to no call was not understood."""
@@ -172,15 +172,11 @@ class Capture(TorchFunctionMode):
                 if recogniser is not None:
                     self._read(recogniser, Seen(func, args, kwargs, result, self._frames, self._origins, self._fates))
             except Exception as error:  # the model's own forward must go on
-                self._not_understood(self._path, f"{type(error).__name__}: {error}")
+                self._not_understood(self._frames[-1].name, f"{type(error).__name__}: {error}")
         return result
 
-    @property
-    def _path(self) -> str:
-        return self._frames[-1].name or type(self.model).__name__
-
     def _read(self, recogniser: Recogniser, seen: Seen) -> None:
-        path = self._path
+        path = self._frames[-1].name
         try:
             with torch.no_grad():
                 call = recogniser.read(seen)

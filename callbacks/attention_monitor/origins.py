@@ -214,6 +214,7 @@ def same_sequence(query: Origin, key: Origin, frames: Sequence[Frame], *, projec
         # a module that projects what it is handed does not show where it came from, unless there is nothing outside
         handed_over = projects and depth == 0 and len(frames) > 1
         if (q or k) and not handed_over:
-            lost = any(not origin.is_known for origin in q_plain | k_plain)
-            return None if lost else False
+            # one of them came from elsewhere: a cache, a function that was not seen
+            lost = [plain for one, plain in ((q, q_plain), (k, k_plain)) if not one]
+            return None if any(not origin.is_known for plain in lost for origin in plain) else False
     return None

@@ -166,7 +166,7 @@ class HeadMatrix(Live):
         for layer, row in enumerate(values):
             matrix[layer, : len(row)] = row
         norm = Normalize(self.low, self.high)
-        norm.autoscale_None(np.ma.masked_invalid(matrix))
+        norm.autoscale_None(np.ma.masked_invalid(np.nan_to_num(matrix) if np.isnan(matrix).all() else matrix))
         drawn = Image.fromarray(self.paint(matrix, norm))
         dark = np.ma.filled(norm(np.ma.masked_invalid(matrix)) < 0.6, False)
         pen = ImageDraw.Draw(drawn)  # matplotlib takes 40 times as long for a short text

@@ -101,6 +101,7 @@ class Recording:
             patterns=[self._patterns[seen[i]] for i in order if seen[i] in self._patterns],
             tokens=None if self._pooled else tokens,
             stacks=[names[i] for i in order],
+            is_cross=[self._is_cross[seen[i]] for i in order],
         )
 
 

@@ -321,6 +321,7 @@ class Snapshot:
         patterns: for each site (H, Q, K) of one sequence, possibly pooled; empty if none was asked for.
         tokens: labels of the positions, where known and not pooled.
         stacks: for each site the stack of layers it belongs to, such as ``decoder.layers.*.self_attn``.
+        is_cross: for each site whether it is cross-attention, for which some statistics are NaN.
     """
 
     step: int
@@ -331,6 +332,7 @@ class Snapshot:
     patterns: list[Tensor] = field(default_factory=list)
     tokens: list[str] | None = None
     stacks: list[str] = field(default_factory=list)
+    is_cross: list[bool] = field(default_factory=list)
 
     def mean(self, statistic: str, stack: str | None = None) -> float:
         """Mean over all heads, or those of a stack, that have a value; NaN if none has."""

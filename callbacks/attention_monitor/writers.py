@@ -211,11 +211,14 @@ class Writer:
             mosaic = self._figure(tag, Mosaic, [m.shape for m in maps], snapshot.labels, snapshot.tokens, title)
             images[tag] = mosaic.draw(maps)
         for name in self.statistics if any(snapshot.values) else ():
-            columns = [values[name].numpy() for values in snapshot.values]
-            if all(np.isnan(column).all() for column in columns):
+            stat = STATISTICS[name]
+            is_cross = snapshot.is_cross or [False] * len(snapshot.values)
+            rows = [i for i, cross in enumerate(is_cross) if not (cross and stat.self_attention_only)]
+            columns = [snapshot.values[i][name].numpy() for i in rows]
+            if not columns:
                 continue
-            tag, value_range = f"attention_heads/{name}", STATISTICS[name].range
-            matrix = self._figure(tag, HeadMatrix, [len(c) for c in columns], snapshot.labels, name, value_range)
+            tag, labels = f"attention_heads/{name}", [snapshot.labels[i] for i in rows]
+            matrix = self._figure(tag, HeadMatrix, [len(c) for c in columns], labels, name, stat.range)
             images[tag] = matrix.draw(columns)
         return images
 

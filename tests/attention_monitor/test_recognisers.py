@@ -474,10 +474,11 @@ class Rotary(nn.Module):
         super().__init__()
         self.q, self.k, self.v = nn.Linear(C, C // 2), nn.Linear(C, C // 2), nn.Linear(C, C // 2)
         self.out = nn.Linear(C // 2, C)
+        self.register_buffer("angles", torch.arange(T)[:, None] * torch.ones(C // 2))
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        angles = torch.arange(T)[:, None] * torch.ones(C // 2)
+        angles = self.angles
         q, k = rotary(self.q(x), angles), rotary(self.k(context), angles)
         return self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], self.v(context)[:, None]).squeeze(1))
 

@@ -231,3 +231,26 @@ def test_a_picture_is_laid_out_anew_when_the_model_changes_shape():
     writer.write(snapshot(1, labels=["L00", "L01", "L02"]))
     writer.close()
     assert ("image", 1, "attention_heads/entropy") in sink.calls
+
+
+def test_cross_attention_has_no_row_in_the_matrix_of_a_statistic_that_makes_no_sense_for_it(tmp_path, monkeypatch):
+    from attention_monitor import plots
+
+    drawn = []
+
+    class Spy(plots.HeadMatrix):
+        def __init__(self, n_heads, labels, title, value_range):
+            drawn.append((title, labels))
+            super().__init__(n_heads, labels, title, value_range)
+
+    monkeypatch.setattr(plots, "HeadMatrix", Spy)
+    nan = torch.full((2,), torch.nan)
+    values = [
+        {"entropy": torch.ones(2), "diagonal_mean": torch.ones(2)},
+        {"entropy": nan, "diagonal_mean": nan},
+    ]
+    writer = Writer(sinks_for(tmp_path), ["entropy", "diagonal_mean"])
+    writer.write(Snapshot(0, "live", ["a", "b"], ["a", "b"], values, is_cross=[False, True]))
+    writer.write(Snapshot(1, "live", ["b"], ["b"], values[1:], is_cross=[True]))
+    writer.close()
+    assert drawn == [("entropy", ["a", "b"]), ("diagonal_mean", ["a"]), ("entropy", ["b"])]
