@@ -3,6 +3,7 @@
 Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head dimensions, R rows of a block.
 """
 
+import inspect
 import math
 import re
 import weakref
@@ -308,7 +309,7 @@ def run_flex_attention(func: Any, args: Sequence[Any]) -> Any:
     model had compiled it, for numbers and memory as they are there; with the backend that flex_attention itself takes
     otherwise.
     """
-    import inspect
+    import torch._dynamo.utils
 
     compiled = 0
     frame = inspect.currentframe()
@@ -324,7 +325,8 @@ def run_flex_attention(func: Any, args: Sequence[Any]) -> Any:
         wanted = [options.get(name, True) for name in ("OUTPUT_LOGSUMEXP", "OUTPUT_MAX")]
         return out, *(x if want else None for x, want in zip(rest, wanted, strict=False))
 
-    with torch.compiler.set_stance("default"):
+    # flex_attention lifts the limit on recompilations too, which with fullgraph=True is an error
+    with torch.compiler.set_stance("default"), torch._dynamo.utils.disable_cache_limit():
         out, *rest = torch.compile(attend, backend=backend, fullgraph=True)(*args[:7])
     return out, *(out.new_empty(0) if x is None else x for x in rest)
 

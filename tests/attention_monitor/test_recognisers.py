@@ -733,6 +733,16 @@ def test_compiled_flex_attention_stays_compiled():
     assert len(calls) == 1
 
 
+def test_flex_attention_may_be_compiled_for_many_functions_and_shapes():
+    with capture(model := Attend(flex.flex_attention)) as calls:
+        for i in range(12):  # torch's limit for recompilations is 8
+            mod = eval(f"lambda score, b, h, q, k: score * {i}")
+            q = torch.randn(1, i + 1, 3 + i, 8)
+            model(q, q, q, score_mod=mod)
+    assert len(calls) == 12
+    torch.testing.assert_close(calls[0].pattern(), torch.full((1, 1, 3, 3), 1 / 3))
+
+
 def test_gradients_go_through_what_flex_attention_uses(monkeypatch):
     # torch refuses to train flex_attention on a CPU, where its fused kernel has no backward; the other path has
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
