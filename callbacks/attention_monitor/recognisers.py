@@ -442,16 +442,16 @@ class Candidate:
 
     Attributes:
         scores: what went in.
-        version: of ``scores``, to see whether they were overwritten.
         result: what came out.
+        versions: of both, to see whether they have been written to.
         axis: over which the softmax was taken.
         product: origins of queries and keys; None where they were not seen.
         fate: what becomes of it.
     """
 
     scores: Tensor
-    version: int
     result: weakref.ref[Tensor]
+    versions: tuple[int, int]
     axis: int
     product: tuple[Origin, Origin] | None
     fate: Fate
@@ -508,10 +508,12 @@ class ExplicitSoftmax(Recogniser):
             return
         fate = Fate(named[-1].name if named else None)
         seen.fates.append(fate)
-        candidate = Candidate(
-            input.detach(), _version(input), weakref.ref(seen.result), dim % input.dim(), product, fate
-        )
-        seen.origins.attach(seen.result, Probabilities(candidate, tuple(seen.result.shape)))
+        result = seen.result
+        # softmax(scores, out=scores) leaves them up to a constant
+        scores = result.detach().log() if result.data_ptr() == input.data_ptr() else input.detach()
+        versions = _version(scores), _version(result)
+        candidate = Candidate(scores, weakref.ref(result), versions, dim % input.dim(), product, fate)
+        seen.origins.attach(result, Probabilities(candidate, tuple(result.shape)))
 
     def _read_product(self, seen: Seen) -> AttentionCall | None:
         tensors = list(tensors_in((*seen.args, *seen.kwargs.values())))[-2:]
@@ -586,10 +588,10 @@ def _axes_of_einsum(seen: Seen, weights: Tensor, side: int) -> Axes | None:
 
 
 def _scores(candidate: Candidate) -> Tensor:
-    if _version(candidate.scores) == candidate.version:
+    if _version(candidate.scores) == candidate.versions[0]:
         return candidate.scores
     result = candidate.result()
-    if result is None or result.data_ptr() == candidate.scores.data_ptr():
+    if result is None or _version(result) != candidate.versions[1]:
         raise NotUnderstoodError("its scores were overwritten before they met the values")
     return result.detach().log()  # the scores up to a constant
 

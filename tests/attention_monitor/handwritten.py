@@ -247,6 +247,24 @@ class Overwritten(Keeping):
         return self.proj((probs @ v).transpose(1, 2).flatten(2))
 
 
+class InPlace(Keeping):
+    """The result of the softmax is written over its scores, and dropout over that."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+
+    @torch.no_grad()
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, H, D).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT
+        torch.softmax(scores, -1, out=scores)
+        self.keep(scores)
+        F.dropout(scores, 0.5, self.training, inplace=True)
+        return self.proj((scores @ v).transpose(1, 2).flatten(2))
+
+
 class Bahdanau(Keeping):
     """Additive attention: scores come from a layer, so that only the class's name says what this is."""
 
@@ -318,6 +336,7 @@ WRITTEN = {
     "talking heads": TalkingHeads,
     "softcapped": Softcapped,
     "overwritten": Overwritten,
+    "in place": InPlace,
     "additive": AdditiveAttention,
     "recurrent": Recurrent,
 }
