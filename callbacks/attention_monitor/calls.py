@@ -73,12 +73,12 @@ class AttentionCall:
 
     @property
     def device(self) -> torch.device:
-        return self._given.device
+        return self.given.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """float32, or float64 for a float64 model: half precision is never accumulated in."""
-        return torch.promote_types(self._given.dtype, torch.float32)
+        return torch.promote_types(self.given.dtype, torch.float32)
 
     @property
     def is_self_attention(self) -> bool:
@@ -217,7 +217,8 @@ class AttentionCall:
         return _mask_limit(self.model_scores)
 
     @property
-    def _given(self) -> Tensor:
+    def given(self) -> Tensor:
+        """The queries, or else the scores."""
         given = self.model_scores if self.model_scores is not None else self.query
         assert given is not None
         return given

@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from .calls import AttentionCall
@@ -73,7 +77,10 @@ class Capture(TorchFunctionMode):
         self.paused = False
         self._told = set() if told is None else told
         self._names: dict[nn.Module, str] = {}
-        self._frames: list[Frame] = []  # modules whose forward is running
+        self._not_run: set[nn.Module] = set()
+        # modules whose forward is running; the model is always the first, whose other methods may call things too
+        self._frames: list[Frame] = []
+        self._foreign = 0  # modules of other models, outside of this one, that are running
         self._unseen: nn.Module | None = None  # is on its fast path
         self._calls_in_forward: Counter[str] = Counter()
         self._origins = Origins()
@@ -83,10 +90,15 @@ class Capture(TorchFunctionMode):
     def __enter__(self) -> "Capture":
         with ExitStack() as stack:
             self._names = module_names(self.model)
+            self._not_run = {module for module in self._names if not any(True for _ in module.children())}
             stack.callback(register_module_forward_pre_hook(self._entering).remove)
-            stack.callback(register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True).remove)
+            handle = register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True)
+            # torch leaves this entry behind, and warns of global hooks in every compiled module then
+            stack.callback(lambda: _global_forward_hooks_with_kwargs.pop(handle.id, None))
+            stack.callback(handle.remove)
             stack.enter_context(_running(self))
             self._thread = get_ident()
+            self._forget_forward()
             self._switch_on()
             stack.callback(self._switch_off)
             self._exit = stack.pop_all()
@@ -94,8 +106,8 @@ class Capture(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         self._exit.close()
-        self._frames.clear()
-        self._origins = Origins()
+        self._judge_softmaxes()
+        self._forget_forward()
 
     def _switch_on(self) -> None:
         super().__enter__()
@@ -108,20 +120,20 @@ class Capture(TorchFunctionMode):
         for mode in reversed(above[:-1]):
             _push_mode(mode)
 
-    @contextmanager
-    def inside_forward(self) -> Iterator[None]:
-        """For a capture that begins after the forward of the model itself has begun."""
-        self._entering(self.model, ())
-        try:
-            yield
-        finally:
-            self._leaving(self.model, ())
+    def _forget_forward(self) -> None:
+        self._frames = [Frame(type(self.model).__name__, self.model, 0)]
+        self._foreign = 0
+        self._origins = Origins(self.model.buffers())
 
     def _entering(self, module: nn.Module, args: Any) -> None:
-        name = self._names.get(module)
-        if name is None or self.paused or get_ident() != self._thread:
+        if self.paused or get_ident() != self._thread:
             return
-        if not self._frames:
+        name, outermost = self._names.get(module), len(self._frames) == 1
+        if name is None:
+            self._foreign += outermost and getattr(module, "module", None) is not self.model
+            return
+        self._not_run.discard(module)
+        if outermost:
             self._calls_in_forward.clear()
             self._origins.cut()
         self._frames.append(Frame(name or type(module).__name__, module, self._origins.now()))
@@ -130,7 +142,12 @@ class Capture(TorchFunctionMode):
             self._switch_off()
 
     def _leaving(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
-        if get_ident() != self._thread or not any(frame.module is module for frame in self._frames):
+        if self.paused or get_ident() != self._thread:
+            return
+        if module not in self._names:
+            self._foreign -= self._foreign > 0 and len(self._frames) == 1
+            return
+        if not any(frame.module is module for frame in self._frames[1:]):
             return
         while self._frames[-1].module is not module:  # left by an exception
             self._frames.pop()
@@ -140,7 +157,7 @@ class Capture(TorchFunctionMode):
                 self._run_slow_path(module, args, kwargs_and_output[0])
             self._unseen = None
         self._frames.pop()
-        if not self._frames:
+        if len(self._frames) == 1:
             self._judge_softmaxes()
 
     def _run_slow_path(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -156,18 +173,21 @@ class Capture(TorchFunctionMode):
         understood = {fate.path for fate in self._fates if fate.met_values} | set(self._calls_in_forward)
         for fate in self._fates:
             if fate.path is not None and fate.path not in understood:
-                self._not_understood(fate.path, "its softmax was not multiplied with values by a matmul or einsum")
+                self._not_understood(
+                    fate.path, "its softmax was not seen to be multiplied with values by a matmul or einsum"
+                )
         self._fates.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
         result = run_flex_attention(func, args) if name == "flex_attention" else func(*args, **kwargs)
-        # outside the model's forward somebody else is calling: another model, the loss. In a backward pass,
-        # checkpointing is calling once more what was seen.
-        if self._frames and not self.paused and torch._C._current_graph_task_id() == -1:
+        # In another model, outside of this one, it is not ours. In a backward pass, checkpointing is calling once more
+        # what was seen.
+        ours = len(self._frames) > 1 or not self._foreign
+        if ours and not self.paused and torch._C._current_graph_task_id() == -1:
             try:
-                self._origins.follow(func, args, kwargs, result)
+                self._origins.follow(func, args, kwargs, result, inside=len(self._frames) > 1)
                 recogniser = RECOGNISERS.get(name)
                 if recogniser is not None:
                     self._read(recogniser, Seen(func, args, kwargs, result, self._frames, self._origins, self._fates))
@@ -184,6 +204,9 @@ class Capture(TorchFunctionMode):
             self._not_understood(path, str(reason))
             return
         if call is None:
+            return
+        if torch._C._functorch.is_batchedtensor(call.given):
+            self._not_understood(path, "it runs inside torch.vmap")
             return
         index = self._calls_in_forward[path]
         self._calls_in_forward[path] += 1
@@ -206,6 +229,11 @@ class Capture(TorchFunctionMode):
         """The name of a site once all calls are known: a module's only call carries no index."""
         path = site[: site.rindex("[")]
         return path if self.sites[path] == 1 else site
+
+    @property
+    def ran_whole(self) -> bool:
+        """Every part of the model has been run."""
+        return not self._not_run
 
     def explain_nothing(self) -> str:
         """A sentence or two for a model in which nothing was captured: what was seen, and the ways out."""

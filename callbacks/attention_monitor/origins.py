@@ -32,6 +32,23 @@ PRODUCTS = {
 }
 # Products with weights.
 _LAYERS = {F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d}
+# Nothing that comes out of these is a product of queries and keys any more.
+_MIXERS = {
+    F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, torch.lstm, torch.gru, torch.rnn_tanh,
+    torch.rnn_relu, torch.lstm_cell, torch.gru_cell,
+}  # fmt: skip
+_TIMES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+_SUM = {torch.sum, Tensor.sum}
+# Leave what a tensor carries as it is.
+HARMLESS = {
+    F.dropout, torch.dropout, F.alpha_dropout, F.feature_alpha_dropout, Tensor.to, Tensor.float, Tensor.half,
+    Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as, Tensor.contiguous, Tensor.clone, torch.clone,
+    Tensor.detach, Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute, Tensor.transpose,
+    torch.transpose, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.unsqueeze, torch.unsqueeze,
+    Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.expand, Tensor.movedim, torch.movedim, Tensor.swapaxes,
+    Tensor.narrow, torch.narrow, Tensor.view_as, Tensor.expand_as, Tensor.t, torch.t,
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+}  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +63,7 @@ class Origin:
         is_projection: product with a weight.
         shape: of the tensor.
         product: origins of the two tensors whose product it still is, but for bias, mask, scale and shape.
+        factors: origins of the two tensors that were multiplied entry by entry; their sum is a product.
     """
 
     serial: int
@@ -55,6 +73,7 @@ class Origin:
     is_projection: bool = False
     shape: Sequence[int] = ()
     product: "tuple[Origin, Origin] | None" = None
+    factors: "tuple[Origin, Origin] | None" = None
 
 
 @dataclass
@@ -75,8 +94,8 @@ class Frame:
 class Carried(Protocol):
     """What a recogniser attaches to a tensor."""
 
-    def handed_on(self, tensor: Tensor) -> "Carried | None":
-        """What a tensor carries that was computed from this one, but not by a product."""
+    def handed_on(self, tensor: Tensor, changed: bool) -> "Carried | None":
+        """What a tensor carries that was computed from this one, but not by a product; changed: not HARMLESS."""
 
 
 @dataclass(slots=True)
@@ -91,9 +110,14 @@ _NO_TENSORS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, typ
 
 
 class Origins:
-    """The origins of all tensors seen; forgets those that are gone."""
+    """The origins of all tensors seen; forgets those that are gone.
 
-    def __init__(self) -> None:
+    Args:
+        buffers: of the model, which are weights like its parameters: masks, tables of positions, codebooks.
+    """
+
+    def __init__(self, buffers: Iterable[Tensor] = ()) -> None:
+        self._buffers = {id(buffer) for buffer in buffers}
         self._serial = itertools.count(1)
         self._entries: dict[int, _Entry] = {}
 
@@ -118,8 +142,10 @@ class Origins:
         for entry in self._entries.values():
             entry.origin.parents, entry.origin.product, entry.carried = (), None, None
 
-    def follow(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        """Take note of what a torch function has made."""
+    def follow(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any, inside: bool = True
+    ) -> None:
+        """Take note of what a torch function has made; inside: the forward of a module."""
         if func is Tensor.__setitem__:
             result = args[0]
         if isinstance(result, _NO_TENSORS):
@@ -128,10 +154,12 @@ class Origins:
         if not made:
             return
         given = list(tensors_in((*args, *kwargs.values()) if kwargs else args))
+        if not given and not inside:
+            return  # an input, such as noise; a module's own are constants
         entries = [self._entry(tensor) for tensor in given]
         parents = tuple(entry.origin for entry in entries)
         is_data = any(parent.is_data for parent in parents)
-        is_projection, product, carried = False, None, None
+        is_projection, product, factors, carried = False, None, None, None
         if func in _LAYERS:
             # learned tokens, once they are projected, are as good as data
             is_projection = is_data = True
@@ -139,20 +167,26 @@ class Origins:
             a, b = parents[-2:]
             is_projection = not (a.is_data and b.is_data)
             product = (a, b) if b.is_data else None
+        elif func in _TIMES and len(parents) == 2 and all(parent.is_data for parent in parents):
+            factors = parents
+        elif func in _SUM:
+            product = parents[0].factors
         mixes_heads = func in (torch.einsum, F.conv2d) and is_projection and _keeps_rows_and_keys(given, made[0])
-        if not (func in _LAYERS or func in PRODUCTS) or mixes_heads:
+        if not (func in _LAYERS or func in PRODUCTS or func in _MIXERS) or mixes_heads:
             for entry in entries:
                 product = entry.origin.product if product is None else product
                 carried = entry.carried if carried is None else carried
         for tensor in made:
-            origin = Origin(next(self._serial), parents, is_data, True, is_projection, tensor.shape, product)
-            self._set(tensor, origin, None if carried is None else carried.handed_on(tensor))
+            origin = Origin(next(self._serial), parents, is_data, True, is_projection, tensor.shape, product, factors)
+            self._set(tensor, origin, None if carried is None else carried.handed_on(tensor, func not in HARMLESS))
+            if given and tensor is given[0] and tensor._base is not None:  # written to in place, through a view
+                self._set(tensor._base, origin)
 
     def _entry(self, tensor: Tensor) -> "_Entry":
         entry = self._entries.get(id(tensor))
         if entry is not None and entry.tensor() is tensor:
             return entry
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) or id(tensor) in self._buffers:
             return _WEIGHT
         return self._set(tensor, Origin(0, is_known=False, shape=tensor.shape))
 
@@ -197,7 +231,8 @@ def sources(origin: Origin, start: int) -> tuple[set[Origin], set[Origin]]:
 def same_sequence(query: Origin, key: Origin, frames: Sequence[Frame], *, projects: bool = False) -> bool | None:
     """Whether queries and keys were projected from the same tensor; None where that was not seen.
 
-    Decided in the innermost module that projects: further out, everything comes from the same input.
+    Decided in the innermost module that projects, and by what it was handed in the module around it: further out,
+    everything comes from the same input.
 
     Args:
         query: origin of the queries.
@@ -211,10 +246,17 @@ def same_sequence(query: Origin, key: Origin, frames: Sequence[Frame], *, projec
             q, k, q_plain, k_plain = q | q_plain, k | k_plain, set(), set()
         if q & k or q & k_plain or q_plain & k:  # not both plain: rotary angles are applied to both
             return True
-        # a module that projects what it is handed does not show where it came from, unless there is nothing outside
-        handed_over = projects and depth == 0 and len(frames) > 1
-        if (q or k) and not handed_over:
+        if q or k:
             # one of them came from elsewhere: a cache, a function that was not seen
             lost = [plain for one, plain in ((q, q_plain), (k, k_plain)) if not one]
-            return None if any(not origin.is_known for plain in lost for origin in plain) else False
+            if any(not origin.is_known for plain in lost for origin in plain):
+                return None
+            # they may have been normed, or given positions, each for itself, just before they were handed in
+            outside = [frame.start for frame in frames[: len(frames) - depth - 1]][-1:]
+            return bool(outside) and bool(_unprojected(q, outside[0]) & _unprojected(k, outside[0]))
     return None
+
+
+def _unprojected(origins: set[Origin], start: int) -> set[Origin]:
+    """What tensors were computed from that was there before ``start``, without a projection."""
+    return {plain for origin in origins for plain in sources(origin, start)[1]}

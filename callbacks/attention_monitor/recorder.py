@@ -60,12 +60,6 @@ class Recording:
     def __exit__(self, *exception: Any) -> None:
         self._capture.__exit__(*exception)
 
-    @contextmanager
-    def inside_forward(self) -> Iterator[None]:
-        """The forward of the model itself has begun before the recording has."""
-        with self._capture.inside_forward():
-            yield
-
     def _on_call(self, call: AttentionCall) -> None:
         if self.max_sequences is not None:
             call = call.first(self.max_sequences)
@@ -265,9 +259,9 @@ class AttentionRecorder:
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
-        """Watch what happens in the context, which is in the model's forward."""
+        """Watch what happens in the context."""
         assert self._live is not None
-        with self._live, self._live.inside_forward():
+        with self._live:
             yield
 
     def end_forward(self) -> None:

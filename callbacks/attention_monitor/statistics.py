@@ -30,7 +30,7 @@ class RowBlock:
         scores: (B, H, R, K), -inf where masked; last columns may be sinks, which are no position.
         allowed: bool, broadcastable to ``scores``.
         query_pos: (R,) position of each row.
-        key_pos: (K,) position of each key.
+        key_pos: (K - sinks,) position of each key that is one.
     """
 
     def __init__(self, call: AttentionCall, start: int, stop: int) -> None:
@@ -38,15 +38,14 @@ class RowBlock:
         rows, keys = self.scores.shape[2:]
         first = start + call.query_offset
         self.query_pos = torch.arange(first, first + rows, device=self.scores.device)
-        self.key_pos = torch.arange(keys, device=self.scores.device)
-        self._n_positions = min(keys, call.n_positions)
+        self.key_pos = torch.arange(min(keys, call.n_positions), device=self.scores.device)
         padded = call.padded_queries  # broadcastable to (B, H, Q)
         self._padded = None if padded is None else padded[..., start:stop]
 
     @cached_property
     def n_keys(self) -> Tensor:
         """n_i, broadcastable to (B, H, R)."""
-        return self.allowed.expand(*self.allowed.shape[:-1], self.key_pos.numel()).sum(-1)
+        return self.allowed.expand(*self.allowed.shape[:-1], self.scores.shape[-1]).sum(-1)
 
     @cached_property
     def max_score(self) -> Tensor:
@@ -86,21 +85,36 @@ class RowBlock:
         """sum_j p_ij s_ij, (B, H, R)."""
         return self.lse - self.entropy
 
+    @cached_property
+    def sum_of_squares(self) -> Tensor:
+        """sum_j p_ij^2, (B, H, R)."""
+        return (self._exp * self._exp).sum(-1) / self._sum_exp**2
+
+    @property
+    def position_weights(self) -> Tensor:
+        """p_ij of the keys that are positions, (B, H, R, positions): those of ``key_pos``."""
+        return self.weights[..., : self.key_pos.numel()]
+
     def weight_at(self, offset: int) -> Tensor:
         """p at key position i + offset of each row i, (B, H, R); 0 where there is no such key."""
         key = self.query_pos + offset
-        exists = (key >= 0) & (key < self._n_positions)
+        exists = (key >= 0) & (key < self.key_pos.numel())
         row = torch.arange(key.numel(), device=key.device)
-        chosen = self._exp[:, :, row, key.clamp(0, self._n_positions - 1)] / self._sum_exp
+        chosen = self._exp[:, :, row, key.clamp(0, self.key_pos.numel() - 1)] / self._sum_exp
         return chosen.masked_fill(~exists, 0)
 
     # Which rows count, bool, broadcastable to (B, H, R); named in @statistic(rows=...)
 
     @cached_property
+    def not_padded(self) -> Tensor:
+        """Rows that are not padding."""
+        every = torch.ones_like(self.n_keys, dtype=torch.bool)
+        return every if self._padded is None else every & ~self._padded
+
+    @cached_property
     def visible(self) -> Tensor:
         """Rows that see a key and are not padding."""
-        rows = self.n_keys >= 1
-        return rows if self._padded is None else rows & ~self._padded
+        return self.not_padded & (self.n_keys >= 1)
 
     @cached_property
     def informative(self) -> Tensor:
@@ -157,7 +171,7 @@ def statistic(
         if ".." not in range or not hasattr(RowBlock, rows):
             raise AttentionMonitorError(
                 f"The statistic {name!r} has range={range!r}, rows={rows!r}; a range is two bounds with '..' between "
-                f"them, such as '0..1' or '0..T', and rows is 'informative' or 'visible'."
+                f"them, such as '0..1' or '0..T', and rows is 'informative', 'visible' or 'not_padded'."
             )
         if name in STATISTICS and STATISTICS[name].function.__module__ != function.__module__:
             raise AttentionMonitorError(f"There is a statistic {name!r} already; give yours another name.")
@@ -197,6 +211,46 @@ def first_token(block: RowBlock) -> Tensor:
     return block._exp[..., 0] / block._sum_exp
 
 
+@statistic(unit="keys", range="1..n_i")
+def effective_keys(block: RowBlock) -> Tensor:
+    """How many keys the weight is spread over, 1 / sum_j p_ij^2: n_i for a uniform row, 1 for a one-hot row."""
+    return 1 / block.sum_of_squares
+
+
+@statistic(unit="tokens", range="0..T", self_attention_only=True)
+def mean_distance(block: RowBlock) -> Tensor:
+    """How far the row looks, sum_j p_ij |i - j|."""
+    distance = (block.query_pos[:, None] - block.key_pos).abs().to(block.scores.dtype)  # (R, positions)
+    return (block.position_weights * distance).sum(-1)
+
+
+@statistic(unit="fraction of keys", range="0..1")
+def sparsity(block: RowBlock, threshold: float = 0.1) -> Tensor:
+    """Keys that the row may see and gives less than ``threshold`` of its weight, p_ij < 0.1."""
+    n_small = ((block.weights < threshold) & block.allowed).sum(-1)
+    return n_small / block.n_keys
+
+
+@statistic(unit="1", range="0..0.5")
+def weight_std(block: RowBlock) -> Tensor:
+    """Standard deviation of p_ij over the keys that the row may see: 0 for a uniform row."""
+    n = block.n_keys.to(block.scores.dtype)
+    return (block.sum_of_squares / n - 1 / n**2).clamp(min=0).sqrt()
+
+
+@statistic(unit="1", range="0..1", rows="visible", self_attention_only=True)
+def future_mass(block: RowBlock) -> Tensor:
+    """Weight on later tokens, sum_j p_ij for j > i: 0 in a causal model, unless its mask leaks."""
+    later = block.position_weights.masked_fill(block.key_pos <= block.query_pos[:, None], 0).sum(-1)
+    return later + 0 * block.entropy  # NaN for a row that has one
+
+
+@statistic(unit="fraction of rows", range="0..1", rows="not_padded")
+def fully_masked_rows(block: RowBlock) -> Tensor:
+    """Rows that may see no key. They are in no other statistic."""
+    return (block.n_keys == 0).to(block.scores.dtype)
+
+
 @statistic(unit="1", range="0..1")
 def max_weight(block: RowBlock) -> Tensor:
     """Largest weight of the row, max_j p_ij; "confidence" in Voita et al. 2019."""
@@ -224,7 +278,18 @@ def nonfinite_fraction(block: RowBlock) -> Tensor:
     return (~block.entropy.isfinite()).to(block.scores.dtype)
 
 
-DEFAULT_STATISTICS = tuple(STATISTICS)
+# What a training run wants to see, and what costs next to nothing beside the scores themselves.
+DEFAULT_STATISTICS = (
+    "entropy",
+    "normalized_entropy",
+    "diagonal_mean",
+    "previous_token",
+    "first_token",
+    "max_weight",
+    "collapse_fraction",
+    "max_score",
+    "nonfinite_fraction",
+)
 
 
 def resolve_statistics(names: Sequence[str]) -> list[Statistic]:
@@ -257,12 +322,13 @@ class HeadTotals:
         self._n_heads = H
         if not self.statistics or 0 in call.shape:
             return
-        rows = max(1, BLOCK_ELEMENTS // (B * H * K))
-        for start in range(0, Q, rows):
-            block = RowBlock(call, start, min(start + rows, Q))
+        n = max(1, BLOCK_ELEMENTS // (B * H * K))
+        for start in range(0, Q, n):
+            block = RowBlock(call, start, min(start + n, Q))
             for stat in self.statistics:
                 if call.is_self_attention or not stat.self_attention_only:
-                    self._add_rows(stat, stat.function(block), getattr(block, stat.rows))
+                    rows = stat.function(block).expand(block.scores.shape[:3])
+                    self._add_rows(stat, rows, getattr(block, stat.rows))
 
     def _add_rows(self, stat: Statistic, rows: Tensor, counts: Tensor) -> None:
         counts = counts.expand_as(rows)  # (B, H, R)

@@ -18,29 +18,40 @@ def head_statistics(scores: np.ndarray, allowed: np.ndarray, padded: np.ndarray)
     for b in range(B):
         for i in range(Q):
             keys = np.flatnonzero(allowed[b, i])
-            if padded[b, i] or len(keys) == 0:
+            if padded[b, i]:
+                continue
+            rows["fully_masked_rows"].append(float(len(keys) == 0))
+            if len(keys) == 0:
                 continue
             s = scores[b, i, keys].astype(np.float64)
             finite = np.isfinite(s).all()
             rows["nonfinite_fraction"].append(0.0 if finite else 1.0)
             rows["max_score"].append(s.max() if not np.isnan(s).any() else math.nan)
+            p = np.full(K, math.nan)
+            if finite:
+                p[:] = 0
+                e = np.exp(s - s.max())
+                p[keys] = e / e.sum()
+            if Q == K:
+                rows["future_mass"].append(p[i + 1 :].sum() if finite else math.nan)
             if len(keys) < 2:
                 continue
             if not finite:
                 for name in NAMES:
-                    if name not in ("nonfinite_fraction", "max_score"):
+                    if name not in ("nonfinite_fraction", "max_score", "future_mass", "fully_masked_rows"):
                         rows[name].append(math.nan)
                 continue
-            e = np.exp(s - s.max())
-            p = np.zeros(K)
-            p[keys] = e / e.sum()
             H = -sum(x * math.log(x) for x in p if x > 0)
             rows["entropy"].append(H)
             rows["normalized_entropy"].append(H / math.log(len(keys)))
             rows["max_weight"].append(p.max())
             rows["collapse_fraction"].append(float(p.max() > 0.95))
             rows["first_token"].append(p[0])
+            rows["effective_keys"].append(1 / (p**2).sum())
+            rows["sparsity"].append(float(np.mean(p[keys] < 0.1)))
+            rows["weight_std"].append(np.std(p[keys]))
             if Q == K:
+                rows["mean_distance"].append(sum(p[j] * abs(i - j) for j in range(K)))
                 rows["diagonal_mean"].append(p[i])
                 if i > 0:
                     rows["previous_token"].append(p[i - 1])
@@ -63,4 +74,10 @@ NAMES = (
     "collapse_fraction",
     "max_score",
     "nonfinite_fraction",
+    "effective_keys",
+    "mean_distance",
+    "sparsity",
+    "weight_std",
+    "future_mass",
+    "fully_masked_rows",
 )

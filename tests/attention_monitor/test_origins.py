@@ -53,7 +53,7 @@ def test_a_product_of_data_is_a_product_and_one_with_a_weight_is_a_projection(ta
 def test_the_innermost_module_that_projects_decides(tape, weights):
     x = torch.randn(2, 5, 4)
     outside = tape.frame()
-    h, memory = tape(torch.sin, x), tape(torch.cos, x)
+    h, memory = tape(torch.sin, x), tape(F.linear, x, weights[2])
     inside = tape.frame()
     q, k, other = tape(F.linear, h, weights[0]), tape(F.linear, h, weights[1]), tape(F.linear, memory, weights[1])
     assert tape.same(q, k, outside, inside) is True
@@ -62,6 +62,16 @@ def test_the_innermost_module_that_projects_decides(tape, weights):
     core = tape.frame()
     assert tape.same(q, k, outside, inside, core) is True
     assert tape.same(q, other, outside, inside, core) is False
+
+
+def test_what_is_handed_in_may_have_been_normed_each_for_itself(tape, weights):
+    x = torch.randn(2, 5, 4)
+    outside = tape.frame()
+    one, other, memory = tape(torch.sin, x), tape(torch.sin, x), tape(F.linear, x, weights[2])
+    inside = tape.frame()
+    q, k, cross = (tape(F.linear, h, w) for h, w in zip((one, other, memory), weights, strict=True))
+    assert tape.same(q, k, outside, inside) is True
+    assert tape.same(q, cross, outside, inside) is False
 
 
 def test_what_both_are_turned_by_is_not_where_they_come_from(tape, weights):

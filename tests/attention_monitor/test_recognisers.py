@@ -405,7 +405,7 @@ def test_attention_that_uses_its_weights_in_another_way_is_reported():
             q, k, v = self.to_qkv(x).chunk(3, -1)
             return ((q @ k.mT).softmax(-1)[..., None] * v[:, None]).sum(-2)
 
-    reason = "its softmax was not multiplied with values by a matmul or einsum"
+    reason = "its softmax was not seen to be multiplied with values by a matmul or einsum"
     model = nn.ModuleDict({"layer": SlidingAttention(), "other": Einsum()})
     with pytest.warns(UserWarning, match=f"call of layer: {reason}") as caught, capture(model) as calls:
         for _ in range(3):
