@@ -85,6 +85,11 @@ class AttentionCall:
         """Queries and keys come from the same sequence; where that is not known: there are as many of them."""
         return self.shape[2] == self.n_positions if self.self_attention is None else self.self_attention
 
+    @property
+    def has_positions(self) -> bool:
+        """A query has a position among the keys: in self-attention, unless its keys have been pooled."""
+        return self.is_self_attention and self.n_positions >= self.shape[2]
+
     @cached_property
     def query_offset(self) -> int:
         """Position of query row 0 among the keys of a self-attention: earlier tokens may be cached.

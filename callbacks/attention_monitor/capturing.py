@@ -40,6 +40,8 @@ from .recognisers import (
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module path
 
+_OUTSIDE = ""  # calls of the model outside of any forward are counted on their own
+
 # These have a fast path for inference that cannot be seen, and that they leave while a function mode is on.
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -90,7 +92,7 @@ class Capture(TorchFunctionMode):
     def __enter__(self) -> "Capture":
         with ExitStack() as stack:
             self._names = module_names(self.model)
-            self._not_run = {module for module in self._names if not any(True for _ in module.children())}
+            self._not_run = {m for m in self._names if next(m.parameters(recurse=False), None) is not None}
             stack.callback(register_module_forward_pre_hook(self._entering).remove)
             handle = register_module_forward_hook(self._leaving, with_kwargs=True, always_call=True)
             # torch leaves this entry behind, and warns of global hooks in every compiled module then
@@ -134,7 +136,8 @@ class Capture(TorchFunctionMode):
             return
         self._not_run.discard(module)
         if outermost:
-            self._calls_in_forward.clear()
+            for path in set(self._calls_in_forward) - {_OUTSIDE}:
+                del self._calls_in_forward[path]
             self._origins.cut()
         self._frames.append(Frame(name or type(module).__name__, module, self._origins.now()))
         if self._unseen is None and _may_take_fast_path(module) and _get_current_function_mode_stack() == [self]:
@@ -208,8 +211,9 @@ class Capture(TorchFunctionMode):
         if torch._C._functorch.is_batchedtensor(call.given):
             self._not_understood(path, "it runs inside torch.vmap")
             return
-        index = self._calls_in_forward[path]
-        self._calls_in_forward[path] += 1
+        counted = path if len(self._frames) > 1 else _OUTSIDE
+        index = self._calls_in_forward[counted]
+        self._calls_in_forward[counted] += 1
         if self.only is not None and not any(
             fnmatchcase(name, pattern) for name in (path, f"{path}[{index}]") for pattern in self.only
         ):
@@ -232,7 +236,7 @@ class Capture(TorchFunctionMode):
 
     @property
     def ran_whole(self) -> bool:
-        """Every part of the model has been run."""
+        """Every part of the model that has parameters has been run."""
         return not self._not_run
 
     def explain_nothing(self) -> str:

@@ -67,7 +67,7 @@ class AttentionMonitor(_Callback):
     Raises:
         AttentionMonitorError: on every_n_steps or max_sequences < 1, sites that are no patterns, or an unknown
             statistic, at once; before training, on a probe that cannot be encoded or that the model does not take.
-        NoAttentionError: when no attention call is seen at the first sampled step.
+        NoAttentionError: when no attention call is seen at the first sampled step that runs the whole model.
     """
 
     def __init__(
@@ -138,10 +138,11 @@ class AttentionMonitor(_Callback):
     ) -> None:
         if self._sampling and self._recorder is not None:
             self._sampling = False
-            self.latest = self._recorder.finish()
-            self.first = self.first or self.latest
-            if "normalized_entropy" in self.statistics:
-                entropy = self.latest.mean("normalized_entropy")
+            seen = self._recorder.finish()
+            self.latest = seen or self.latest
+            self.first = self.first or seen
+            if seen is not None and "normalized_entropy" in self.statistics:
+                entropy = seen.mean("normalized_entropy")
                 pl_module.log("head_entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -252,8 +252,8 @@ def same_sequence(query: Origin, key: Origin, frames: Sequence[Frame], *, projec
             if any(not origin.is_known for plain in lost for origin in plain):
                 return None
             # they may have been normed, or given positions, each for itself, just before they were handed in
-            outside = [frame.start for frame in frames[: len(frames) - depth - 1]][-1:]
-            return bool(outside) and bool(_unprojected(q, outside[0]) & _unprojected(k, outside[0]))
+            outside = frames[: len(frames) - depth - 1][-1:]
+            return any(_unprojected(q, frame.start) & _unprojected(k, frame.start) for frame in outside)
     return None
 
 

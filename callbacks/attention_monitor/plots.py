@@ -87,7 +87,7 @@ class Mosaic(Live):
     """All maps of a model in one Axes: layers from top to bottom, heads from left to right.
 
     Within a map, queries from top to bottom, keys from left to right; colour is the weight, 0..1, on a square-root
-    scale so that diffuse rows can be told apart.
+    scale so that diffuse rows can be told apart. Where maps differ in size, the smaller ones are stretched.
 
     Args:
         shapes: (H, Q, K) for each layer.
@@ -100,6 +100,7 @@ class Mosaic(Live):
         self, shapes: Sequence[tuple[int, ...]], labels: Sequence[str], tokens: Sequence[str] | None, title: str
     ) -> None:
         n_heads, Q, K = (max(shape[axis] for shape in shapes) for axis in range(3))
+        self._largest = Q, K
         gap = max(1, round(max(Q, K) / 16))
         self._row, self._column = Q + gap, K + gap
         self.grid = (self._row * len(shapes) - gap, self._column * n_heads - gap)
@@ -132,9 +133,12 @@ class Mosaic(Live):
     def draw(self, patterns: Sequence[np.ndarray]) -> np.ndarray:
         """Pixels (height, width, 3), uint8, for patterns (H, Q, K) of each layer, in the shapes given before."""
         maps = np.full(self.grid, np.nan, dtype=np.float32)
+        Q, K = self._largest
         for layer, pattern in enumerate(patterns):
             for head, weights in enumerate(pattern):
                 row, column = layer * self._row, head * self._column
+                times = Q // max(1, weights.shape[0]), K // max(1, weights.shape[1])
+                weights = weights.repeat(times[0], axis=0).repeat(times[1], axis=1)
                 maps[row : row + weights.shape[0], column : column + weights.shape[1]] = weights
         return self.paint(maps, self.norm)
 

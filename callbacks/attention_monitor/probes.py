@@ -37,9 +37,11 @@ class TextProbe:
         """
         tokenizer = self.tokenizer or tokenizer
         if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "decode"):
+            found = "no tokenizer was found" if tokenizer is None else f"{tokenizer!r} has no encode and decode"
             raise AttentionMonitorError(
-                f"The probe {self.text!r} is a text but no tokenizer was found to encode it: give the datamodule or "
-                f"the module a `tokenizer` with encode and decode, or use TextProbe(text, tokenizer=...)."
+                f"The probe {self.text!r} is a text but {found} to encode it: use TextProbe(text, tokenizer); or give "
+                "the datamodule or the module a `tokenizer`, AttentionRecorder `tokenizer=`, Trainer "
+                "`processing_class=`."
             )
         # tiktoken's plain `encode` refuses texts that contain special tokens
         encoded = getattr(tokenizer, "encode_ordinary", tokenizer.encode)(self.text)
@@ -71,7 +73,8 @@ class TokenProbe:
             except Exception as error:
                 raise AttentionMonitorError(
                     f"The probe {self.name!r} ({self.tokens.shape[1]} tokens) could not be run through "
-                    f"{type(model).__name__}: {type(error).__name__}: {error}"
+                    f"{type(model).__name__}: {type(error).__name__}: {error}. A probe is run by model(token_ids); "
+                    "leave it out where that makes no sense."
                 ) from error
 
 

@@ -673,8 +673,6 @@ def _with_heads(seen: Seen, candidate: Candidate, scores: Tensor) -> Tensor:
     way = list(_to_projection(query if query.is_data else key))
     source = next((parent.shape for parent in way[-1].parents if parent.is_data), way[-1].shape)
     batch_sizes = set(source[:2]) if len(source) > 2 else {1}
-    if n == (source[0] if len(source) > 2 else 1):
-        return scores.unsqueeze(1)
     width = way[0].shape[-1]
     for origin in way:
         pieces = [parent for parent in origin.parents if parent.is_data]
@@ -686,9 +684,10 @@ def _with_heads(seen: Seen, candidate: Candidate, scores: Tensor) -> Tensor:
                 return scores.unflatten(0, (first, second)).transpose(0, 1)
             return scores.unflatten(0, (first, second))
     named = [getattr(frame.module, name, None) for frame in reversed(seen.frames[-2:]) for name in _HEADS]
+    one = [1] if n == (source[0] if len(source) > 2 else 1) else []
     widths = [origin.shape[-1] for origin in way if origin.shape and origin.shape[-1] > width]
     parts = [w // width // share for w in widths for share in (1, 3, 2) if w % (width * share) == 0]
-    for H in (*named, *parts):
+    for H in (*named, *one, *parts):
         if isinstance(H, int) and H > 0 and n % H == 0 and n // H in batch_sizes:
             return scores.unflatten(0, (n // H, H))
     return scores.unsqueeze(1)

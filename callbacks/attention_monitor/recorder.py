@@ -74,6 +74,10 @@ class Recording:
     def saw_attention(self) -> bool:
         return bool(self._capture.sites)
 
+    @property
+    def ran_whole_model(self) -> bool:
+        return self._capture.ran_whole
+
     def require_attention(self) -> None:
         """Raise NoAttentionError if no attention call was seen."""
         if not self.saw_attention:
@@ -126,12 +130,14 @@ def check_options(
         AttentionMonitorError: on one that makes no sense.
     """
     for name, value in (("every_n_steps", every_n_steps), ("max_sequences", max_sequences)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise AttentionMonitorError(f"{name} must be at least 1, got {value!r}; give a whole number.")
     if not isinstance(probe, str | TextProbe | None):
         raise AttentionMonitorError(f"The probe must be a text or a TextProbe, got {probe!r}.")
     patterns = [sites] if isinstance(sites, str) else sites
-    if patterns is not None and not (patterns and all(isinstance(pattern, str) for pattern in patterns)):
+    if patterns is not None and not (
+        isinstance(patterns, list | tuple) and patterns and all(isinstance(p, str) and p for p in patterns)
+    ):
         raise AttentionMonitorError(
             f"sites must be patterns for module paths, such as ['decoder.*'], got {sites!r}; leave it out for all."
         )
@@ -191,6 +197,8 @@ class AttentionRecorder:
         tokenizer: Any = None,
     ) -> None:
         options = check_options(every_n_steps, probe, statistics, max_sequences, sites)
+        if not isinstance(model, nn.Module):
+            raise AttentionMonitorError(f"AttentionRecorder watches a torch.nn.Module, got {model!r}.")
         self.model, self.every_n_steps, self.max_sequences = model, every_n_steps, max_sequences
         self.sites: list[str] | None = options["sites"]
         self.probe: TokenProbe | None = options["probe"] and options["probe"].encode(tokenizer)
@@ -202,7 +210,8 @@ class AttentionRecorder:
         self._probed: Snapshot | None = None
         self._step = self._sampled_step = -1
         self._probe_fits = False
-        self._told: set[str] = set()  # module paths with calls that are not understood: once for all steps
+        self._told: set[str] = set()  # what has been warned about: once for all steps
+        self._closed = False
         self.snapshots: dict[str, Snapshot] = {}
 
     @contextmanager
@@ -214,10 +223,14 @@ class AttentionRecorder:
             precision: context in which the probe is run, such as ``torch.autocast(...)``.
 
         Raises:
-            NoAttentionError: when the context ends and no attention call was seen, in the first sampled step.
-            AttentionMonitorError: when the model does not take the probe, in the first sampled step.
+            NoAttentionError: when the context ends, the whole model was run and no attention call was ever seen.
+            AttentionMonitorError: when the model does not take the probe, in the first sampled step; after close().
         """
-        if step % self.every_n_steps:
+        if not isinstance(step, int):
+            raise AttentionMonitorError(f"step() takes the number of optimizer steps done so far, got {step!r}.")
+        if self._closed:
+            raise AttentionMonitorError("This AttentionRecorder has been closed; make another one.")
+        if step % self.every_n_steps or step == self._sampled_step:  # of several batches in a step, the first
             self._step = step
             yield
             return
@@ -269,20 +282,22 @@ class AttentionRecorder:
         if self._live is not None and self._live.saw_attention:
             self._live.__exit__()
 
-    def finish(self) -> Snapshot:
-        """Diagnose and write what was seen.
+    def finish(self) -> Snapshot | None:
+        """Diagnose and write what was seen; None: there was no attention in this step.
 
         Raises:
-            NoAttentionError: when no attention call was seen in this step, by its probe, or before it.
+            NoAttentionError: when the whole model was run and no attention call was seen, in this step, by its probe,
+                or before it.
         """
         live = self._live
         assert live is not None, "begin() comes first"
         self.abort()
-        if not self.snapshots and self._probed is None:
-            live.require_attention()
+        self._keep(self._probed)  # not before: drawing would compete with the step
+        if not live.saw_attention:
+            if not self.snapshots:
+                self._miss(live)
+            return None
         snapshot = live.snapshot(self._step, "live")
-        # not before: drawing would compete with the step
-        self._keep(self._probed)
         self._keep(snapshot)
         for message in self.diagnosis.explain(self.diagnosis.update(snapshot)):
             warnings.warn(f"AttentionMonitor: {message}", AttentionWarning, stacklevel=2)
@@ -306,9 +321,28 @@ class AttentionRecorder:
     def close(self, *, complete: bool = True) -> None:
         """Have everything written; a loop that is complete ends with one more map of the probe."""
         self.abort()
-        if complete and self._step > self._sampled_step >= 0:
+        if complete and not self._closed and self._step > self._sampled_step >= 0:
             self.sample_probe(self._step + 1)
+        self._closed = True
         self.writer.close()
+
+    def _miss(self, live: Recording) -> None:
+        """No attention so far: an error, unless parts of the model have not been run and may have it."""
+        try:
+            live.require_attention()
+        except NoAttentionError as error:
+            if live.ran_whole_model:
+                raise
+            self._warn_once(
+                "nothing seen",
+                f"AttentionMonitor at step {self._step}: {error} Parts of the model were not run in this step, so the "
+                "next sampled steps will show whether they have any.",
+            )
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._told:
+            self._told.add(subject)
+            warnings.warn(message, stacklevel=4)
 
     def _recording(self, statistics: Sequence[Statistic], max_sequences: int | None, with_patterns: bool) -> Recording:
         return Recording(self.model, statistics, max_sequences, with_patterns, self.sites, self._told)
@@ -320,7 +354,7 @@ class AttentionRecorder:
         except AttentionMonitorError as error:
             if not self._probe_fits:
                 raise
-            warnings.warn(f"AttentionMonitor at step {step}: {error}", stacklevel=2)
+            self._warn_once(f"probe: {error}", f"AttentionMonitor at step {step}: {error}")
             return None
 
     def _run_probe(self, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot | None:

@@ -141,7 +141,8 @@ class Statistic:
         range: of the value.
         reduce: how rows become a head's value.
         rows: attribute of RowBlock that says which rows count.
-        self_attention_only: NaN for other calls.
+        self_attention_only: compares positions of queries and keys: NaN for cross-attention, and for self-attention
+            to fewer keys than there are queries.
     """
 
     name: str
@@ -299,6 +300,10 @@ def resolve_statistics(names: Sequence[str]) -> list[Statistic]:
         AttentionMonitorError: on a name that is not registered.
     """
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple):
+        raise AttentionMonitorError(
+            f"statistics must be a list of names, got {names!r}; known are {sorted(STATISTICS)}."
+        )
     unknown = [name for name in names if name not in STATISTICS]
     if unknown:
         raise AttentionMonitorError(
@@ -326,7 +331,7 @@ class HeadTotals:
         for start in range(0, Q, n):
             block = RowBlock(call, start, min(start + n, Q))
             for stat in self.statistics:
-                if call.is_self_attention or not stat.self_attention_only:
+                if call.has_positions or not stat.self_attention_only:
                     rows = stat.function(block).expand(block.scores.shape[:3])
                     self._add_rows(stat, rows, getattr(block, stat.rows))
 

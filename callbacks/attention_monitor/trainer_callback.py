@@ -3,7 +3,9 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import wraps
+from copy import deepcopy
+from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ class AttentionTrainerCallback(TrainerCallback):
     Raises:
         AttentionMonitorError: on an option that makes no sense, at once; before training, on a probe that cannot be
             encoded or that the model does not take.
-        NoAttentionError: when no attention call is seen at the first sampled step.
+        NoAttentionError: when no attention call is seen at the first sampled step that runs the whole model.
     """
 
     def __init__(
@@ -91,13 +93,14 @@ class AttentionTrainerCallback(TrainerCallback):
         if args.torch_compile:
             self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
         recorder.prepare(step)
-        self._sampling.callback(_on_next_forward(kwargs["model"], recorder))
+        self._sampling.callback(_WatchedForward(kwargs["model"], recorder).undo)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._sampling.close()
         if self._recorder is not None and self._recorder.is_recording:
-            self.latest = self._recorder.finish()
-            self.first = self.first or self.latest
+            seen = self._recorder.finish()
+            self.latest = seen or self.latest
+            self.first = self.first or seen
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,26 +114,35 @@ class AttentionTrainerCallback(TrainerCallback):
             self._recorder = None
 
 
-def _on_next_forward(model: nn.Module, recorder: AttentionRecorder) -> Any:
-    """Watch the next forward of ``model``; returns what undoes this.
+class _WatchedForward:
+    """Stands in for ``model.forward`` once, and watches that.
 
     Trainer tells no callback of an exception. So nothing may be on outside the forward, which is left by whatever
-    happens in it.
+    happens in it. A copy of the model has its own forward: it is not watched.
     """
-    replaced, original = model.__dict__.get("forward"), model.forward  # accelerate replaces it too
 
-    def undo() -> None:
-        if model.__dict__.get("forward") is forward:
-            if replaced is None:
-                del model.__dict__["forward"]
-            else:
-                model.__dict__["forward"] = replaced
+    def __init__(self, model: nn.Module, recorder: AttentionRecorder) -> None:
+        self.model, self.recorder = model, recorder
+        self.replaced, self.original = model.__dict__.get("forward"), model.forward  # accelerate replaces it too
+        update_wrapper(self, self.original, updated=())
+        model.__dict__["forward"] = self
 
-    @wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        undo()
-        with recorder.watch_forward():
-            return original(*args, **kwargs)
+    def undo(self) -> None:
+        if self.model.__dict__.get("forward") is self:
+            del self.model.__dict__["forward"]
+            if self.replaced is not None:
+                self.model.__dict__["forward"] = self.replaced
 
-    model.__dict__["forward"] = forward
-    return undo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.undo()
+        with self.recorder.watch_forward():
+            return self.original(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self.model))
+        if copy is None or self.replaced is not None:
+            return deepcopy(self.original, memo)
+        return MethodType(type(copy).forward, copy)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.model, "forward")

@@ -117,7 +117,7 @@ def sinks_for(log_to: Any) -> list[Sink]:
         return [sink for one in log_to for sink in sinks_for(one)]
     if log_to is None:
         return []
-    if isinstance(log_to, str | PathLike):
+    if isinstance(log_to, str | PathLike) and str(log_to):
         from torch.utils.tensorboard import SummaryWriter
 
         return [TensorBoardSink(SummaryWriter(log_to))]

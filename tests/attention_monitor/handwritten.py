@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-B, T, C, H = 2, 6, 8, 2
+T, C, H = 6, 8, 2
 D = C // H
 
 
@@ -316,7 +316,149 @@ class Recurrent(Keeping):
         return self.out(torch.cat([state, context], 1))
 
 
+class MaskedAfterwards(Keeping):
+    """The mask comes after the softmax, and the rows are made to sum to 1 again."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        weights = torch.softmax(self.q(x) @ self.k(x).mT / C**0.5, dim=-1)
+        masked = weights * torch.tril(torch.ones(T, T))
+        normalized = masked / masked.sum(dim=-1, keepdim=True)
+        self.keep(normalized[:, None])
+        return F.dropout(normalized, 0.5, self.training) @ self.v(x)
+
+
+class ZeroedAfterwards(Keeping):
+    """Rows and entries that may not be seen are set to 0 after the softmax too, which changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(C, 3 * C)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+        scores = (q @ k.mT).masked_fill(hidden, torch.finfo(x.dtype).min)
+        weights = torch.nan_to_num(scores.softmax(-1).masked_fill(hidden, 0.0))
+        self.keep(weights[:, None])
+        return weights @ v
+
+
+class HeadsFirst(Keeping):
+    """(H * B, T, T): heads are split off and put one after the other along the batch."""
+
+    def __init__(self, how="cat"):
+        super().__init__()
+        self.q, self.k, self.v, self.how = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C), how
+
+    def split(self, x):
+        if self.how == "cat":
+            return torch.cat(x.split(D, 2), 0)
+        return x.view(x.shape[0], T, H, D).permute(2, 0, 1, 3).contiguous().view(-1, T, D)
+
+    def forward(self, x):
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) / D**0.5, dim=2)
+        self.keep(weights.unflatten(0, (H, -1)).transpose(0, 1))
+        return torch.cat(torch.bmm(weights, v).split(x.shape[0], 0), 2)
+
+
+class OneKeyHead(Keeping):
+    """Queries of several heads against keys and values of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv = nn.Linear(C, C), nn.Linear(C, 2 * D)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (H, D)).transpose(1, 2)
+        k, v = self.kv(x).chunk(2, -1)
+        weights = torch.einsum("b h i d, b j d -> b h i j", q, k).softmax(-1)
+        self.keep(weights)
+        return torch.einsum("b h i j, b j d -> b h i d", weights, v).transpose(1, 2).flatten(2)
+
+
+class KeysFirst(Keeping):
+    """Scores are keys x queries, and the softmax is over their second axis from the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        weights = torch.softmax(self.k(x) @ self.q(x).mT, axis=-2).mT
+        self.keep(weights[:, None])
+        return weights @ self.v(x)
+
+
+class AttentionPooling(Keeping):
+    """One score for each position; ``how`` they meet the values."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.score, self.how = nn.Linear(C, 1), how
+
+    def forward(self, x):
+        if self.how == "column":
+            weights = self.score(x).softmax(dim=1)  # (B, T, 1)
+            self.keep(weights.mT[:, None])
+            return (weights.transpose(1, 2) @ x).squeeze(1)
+        weights = F.softmax(self.score(x).squeeze(-1), dim=1)  # (B, T)
+        self.keep(weights[:, None, None])
+        return (
+            torch.bmm(weights.unsqueeze(1), x).squeeze(1)
+            if self.how == "bmm"
+            else torch.einsum("bs,bsd->bd", weights, x)
+        )
+
+
+class EntryByEntry(Keeping):
+    """The product of queries and keys is written as a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        weights = torch.sum(self.q(x)[:, :, None] * self.k(x)[:, None], dim=-1).softmax(-1)
+        self.keep(weights[:, None])
+        return weights @ x
+
+
+class LanguageModel(Keeping):
+    """Everything in one module, from token numbers to the product; ``flat``: (B * H, T, T)."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.e, self.q, self.k, self.v = nn.Embedding(11, C), nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        self.flat, self.num_heads = flat, H
+
+    def forward(self, x):
+        x = self.e((x[..., 0].abs() * 7).long() % 11)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.flat:
+            q, k, v = (z.view(-1, T, H, D).transpose(1, 2).reshape(-1, T, D) for z in (q, k, v))
+        weights = F.softmax(q @ k.mT, -1)
+        self.keep(weights.view(-1, H, T, T) if self.flat else weights[:, None])
+        return weights @ v
+
+
 WRITTEN = {
+    "masked afterwards": MaskedAfterwards,
+    "zeroed afterwards": ZeroedAfterwards,
+    "heads first, cat": HeadsFirst,
+    "heads first, permute": lambda: HeadsFirst("permute"),
+    "one key head": OneKeyHead,
+    "keys first": KeysFirst,
+    "pooling, bmm": lambda: AttentionPooling("bmm"),
+    "pooling, einsum": lambda: AttentionPooling("einsum"),
+    "pooling, column": lambda: AttentionPooling("column"),
+    "entry by entry": EntryByEntry,
+    "language model": lambda: LanguageModel(flat=False),
+    "language model, flat": lambda: LanguageModel(flat=True),
     "nanogpt, flash": lambda: NanoGPT(flash=True),
     "nanogpt, manual": lambda: NanoGPT(flash=False),
     "textbook": Textbook,

@@ -80,6 +80,7 @@ def installed(model):
     """What a monitor may leave behind: hooks in the model or common to all, replaced methods, function modes."""
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in model.modules())
     common = len(module._global_forward_hooks) + len(module._global_forward_pre_hooks)
+    common += len(module._global_forward_hooks_with_kwargs) + len(module._global_forward_hooks_always_called)
     return hooks + common + torch._C._len_torch_function_stack()
 
 

@@ -225,6 +225,37 @@ def test_a_compiled_model_is_captured_and_not_compiled_again():
     assert len(compilations) == n
 
 
+def test_calls_of_other_models_are_not_counted():
+    model, other = Stack(1), Stack(1)
+    with capture(model) as calls:
+        other(torch.randn(1, 4, 8))
+        model(torch.randn(1, 4, 8))
+        other(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == ["layers.0.attn"]
+
+
+def test_attention_outside_of_any_forward_is_the_model_s():
+    """A LightningModule's training_step, or a method called instead of the module."""
+    model = Stack(1)
+    with capture(model) as calls:
+        model.layers[0]["attn"].forward(torch.randn(1, 4, 8))
+        model.forward(torch.randn(1, 4, 8))
+    assert [call.site for call in calls] == ["Stack", "layers.0.attn"]
+
+
+def test_vmap_is_reported():
+    class Ensemble(Attention):
+        def forward(self, x):
+            return torch.vmap(super().forward)(x)
+
+    with (
+        pytest.warns(UserWarning, match="Ensemble: it runs inside torch.vmap"),
+        pytest.raises(NoAttentionError),
+        capture(model := Ensemble()),
+    ):
+        model(torch.randn(3, 1, 4, 8))
+
+
 @pytest.mark.parametrize("how", ["whole", "fullgraph", "per block", "method"])
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_compiled_training_steps(how, backward_inside):
@@ -401,6 +432,7 @@ def test_nothing_stays_installed():
         assert installed(model) > 0
         model(torch.randn(1, 4, 8))
     assert installed(model) == 0
+    assert not torch.nn.modules.module._has_any_global_hook()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])

@@ -12,13 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from attention_monitor import (
-    STATISTICS,
     AttentionMonitor,
     AttentionMonitorError,
     AttentionWarning,
     NoAttentionError,
     TextProbe,
 )
+from attention_monitor.statistics import DEFAULT_STATISTICS
 
 from .project import Project, Tokenizer, installed, make_trainer
 
@@ -43,9 +43,9 @@ def test_scalars_matrices_and_maps_of_every_head_are_written(tmp_path):
     fit(tmp_path, AttentionMonitor(every_n_steps=5, probe="hello"))
     tags = read(tmp_path).Tags()
     heads = ["L00H00", "L00H01", "L01H00", "L01H01", "mean"]
-    expected = {f"attention_{name}/{head}" for name in STATISTICS for head in heads}
+    expected = {f"attention_{name}/{head}" for name in DEFAULT_STATISTICS for head in heads}
     assert {tag for tag in tags["scalars"] if tag.startswith("attention")} == expected
-    assert set(tags["images"]) == {"attention_maps/text"} | {f"attention_heads/{name}" for name in STATISTICS}
+    assert set(tags["images"]) == {"attention_maps/text"} | {f"attention_heads/{name}" for name in DEFAULT_STATISTICS}
 
 
 def test_only_the_statistics_asked_for_are_written(tmp_path):
@@ -512,6 +512,33 @@ def test_a_backward_of_a_part_without_attention_may_come_first(tmp_path):
     project = fit(tmp_path, AttentionMonitor(every_n_steps=4), Manual())
     assert steps(tmp_path) == [0, 4, 8, 9]
     assert installed(project) == 0
+
+
+@pytest.mark.parametrize("skipped", [(0,), (0, 1, 2, 3, 4)])
+def test_a_step_that_does_not_run_the_model_is_no_reason_to_stop(tmp_path, skipped):
+    class Skips(Project):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in skipped else super().training_step(batch, batch_idx)
+
+    monitor = AttentionMonitor(every_n_steps=2)
+    with pytest.warns(UserWarning, match="Parts of the model were not run in this step, so the next") as caught:
+        fit(tmp_path, monitor, Skips(), max_steps=6)
+    assert len([w for w in caught if "Parts of the model" in str(w.message)]) == 1
+    assert monitor.first is not None
+    assert steps(tmp_path)[0] == monitor.first.step > 0
+
+
+def test_attention_in_the_training_step_itself(tmp_path):
+    class Inline(Project):
+        def training_step(self, batch, batch_idx):
+            q = self.embedding(batch)[:, None]
+            z = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+            self.blocks[0].forward(z[:, 0])
+            return self.head(z).square().mean()
+
+    monitor = AttentionMonitor()
+    fit(tmp_path, monitor, Inline(), max_steps=1)
+    assert monitor.first.sites == ["Inline[0]", "Inline[1]"]
 
 
 def test_where_the_probe_shows_attention_a_step_without_it_is_no_error(tmp_path):

@@ -143,6 +143,12 @@ def test_without_a_place_nothing_is_written_and_findings_still_come(tmp_path, mo
     ("options", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"sites": 3}, "sites must be patterns .* got 3"),
+        ({"sites": ""}, "sites must be patterns .* got ''"),
+        ({"statistics": 3}, "statistics must be a list of names, got 3"),
+        ({"every_n_steps": True}, "every_n_steps must be at least 1, got True"),
+        ({"log_to": ""}, "Nothing can be logged to ''"),
+        ({"tokenizer": 3, "probe": "hello"}, "3 has no encode and decode"),
         ({"sites": []}, r"sites must be patterns for module paths, such as \['decoder.\*'\], got \[\]"),
         ({"sites": [3]}, r"sites must be patterns .* got \[3\]"),
         ({"log_to": 3}, "Nothing can be logged to 3: give a folder, a SummaryWriter"),
@@ -153,6 +159,31 @@ def test_without_a_place_nothing_is_written_and_findings_still_come(tmp_path, mo
 def test_bad_options_are_refused(options, message):
     with pytest.raises(AttentionMonitorError, match=message):
         AttentionRecorder(Project(), **options)
+
+
+def test_misuse_gets_one_clear_sentence():
+    with pytest.raises(AttentionMonitorError, match="watches a torch.nn.Module, got <function"):
+        AttentionRecorder(lambda x: x)
+    recorder = AttentionRecorder(model := Project())
+    with (
+        pytest.raises(AttentionMonitorError, match="number of optimizer steps done so far, got '3'"),
+        recorder.step("3"),
+    ):
+        pass
+    recorder.close()
+    with pytest.raises(AttentionMonitorError, match="has been closed; make another one"), recorder.step(0):
+        pass
+    recorder.close()
+    assert installed(model) == 0
+
+
+def test_of_several_batches_in_a_step_the_first_is_looked_at(tmp_path):
+    recorder = AttentionRecorder(model := Project(), every_n_steps=2, log_to=tmp_path)
+    for step in (0, 0, 0, 1, 1, 1, 2, 2, 2):
+        with recorder.step(step):
+            model(torch.randint(VOCAB, (2, T)))
+    recorder.close()
+    assert [event.step for event in read(tmp_path).Scalars("attention_entropy/mean")] == [0, 2]
 
 
 def test_a_probe_that_does_not_fit_is_an_error_at_the_first_step():

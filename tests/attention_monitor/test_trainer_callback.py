@@ -1,5 +1,6 @@
 """Watching Hugging Face's Trainer."""
 
+import copy
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ class Data(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def train(folder, callback=None, model=None, steps=6, **options):
+def train(folder, callback=None, model=None, steps=6, extra=(), **options):
     transformers.set_seed(0)
     if model is None:
         config = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
@@ -34,7 +35,7 @@ def train(folder, callback=None, model=None, steps=6, **options):
         save_strategy="no", disable_tqdm=True, remove_unused_columns=False, **options,
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=Data(), callbacks=[callback] if callback else [], processing_class=None
+        model, arguments, train_dataset=Data(), callbacks=[*([callback] if callback else []), *extra]
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.model
@@ -133,6 +134,27 @@ def test_an_error_in_the_middle_of_a_sampled_step_leaves_nothing_installed(tmp_p
     with pytest.raises(error):
         train(tmp_path, AttentionTrainerCallback(), model)
     assert installed(model) == 0
+
+
+def test_a_copy_made_in_a_sampled_step_is_a_copy(tmp_path):
+    copies = []
+
+    class Copies(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            copies.append(copy.deepcopy(model))
+            torch.save(model, tmp_path / "model.pt")
+
+    callback = AttentionTrainerCallback(every_n_steps=1)
+    _, model = train(tmp_path, callback, steps=1, extra=[Copies()])
+    assert callback.first is not None
+    tokens = torch.randint(V, (1, T))
+    before = model(tokens).logits
+    for other in (copies[0], torch.load(tmp_path / "model.pt", weights_only=False)):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert other(tokens).logits.abs().max() == 0
+    assert torch.equal(model(tokens).logits, before)
 
 
 def test_bad_options_are_refused_at_once():
