@@ -162,7 +162,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_misuse_gets_one_clear_sentence():
-    with pytest.raises(AttentionMonitorError, match="watches a torch.nn.Module, got <function"):
+    with pytest.raises(AttentionMonitorError, match=r"watches a torch\.nn\.Module, got <function"):
         AttentionRecorder(lambda x: x)
     recorder = AttentionRecorder(model := Project())
     with (

@@ -148,7 +148,7 @@ def test_a_copy_made_in_a_sampled_step_is_a_copy(tmp_path):
     _, model = train(tmp_path, callback, steps=1, extra=[Copies()])
     assert callback.first is not None
     tokens = torch.randint(V, (1, T))
-    before = model(tokens).logits
+    before = model.eval()(tokens).logits
     for other in (copies[0], torch.load(tmp_path / "model.pt", weights_only=False)):
         with torch.no_grad():
             for parameter in other.parameters():
