@@ -16,6 +16,15 @@ from .project import Tokenizer, installed
 V, T = 97, 9
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """How products are cut up among threads may change with the load of the machine, and their rounding with it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Data(torch.utils.data.Dataset):
     def __len__(self):
         return 32
