@@ -140,7 +140,8 @@ class Origins:
     def cut(self) -> None:
         """Forget how the tensors that are still there were made: that is of no more use in another forward."""
         for entry in self._entries.values():
-            entry.origin.parents, entry.origin.product, entry.carried = (), None, None
+            origin = entry.origin
+            origin.parents, origin.product, origin.factors, entry.carried = (), None, None, None
 
     def follow(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any, inside: bool = True

@@ -509,7 +509,7 @@ class ExplicitSoftmax(Recogniser):
             return
         origin, dim = seen.origins.of(input), dim % input.dim()
         named = [frame for frame in seen.frames[-2:] if ATTENTION_NAME.search(type(frame.module).__name__)]
-        if origin.product is None and (not named or _is_over_features(origin, input.shape[dim])):
+        if origin.product is None and (not named or _is_over_features(origin)):
             return
         fate = Fate(named[-1].name if named else None)
         seen.fates.append(fate)
@@ -561,7 +561,7 @@ class ExplicitSoftmax(Recogniser):
         )
 
 
-def _is_over_features(origin: Origin, width: int) -> bool:
+def _is_over_features(origin: Origin) -> bool:
     """Whether a softmax is over what a layer puts out, as in a router, and not over positions."""
     for _ in range(20):
         if origin.is_projection:
