@@ -6,6 +6,7 @@ Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head di
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ class AttentionCall:
             ``add_zero_attn`` append. They take their share of the softmax.
         sinks_in_pattern: the model keeps those columns, so that they are columns of the pattern too.
         self_attention: queries and keys come from the same sequence; None: not known.
+        value: (B, H_kv, K, D_v), where known.
     """
 
     site: str
@@ -54,6 +56,7 @@ class AttentionCall:
     n_sinks: int = 0
     sinks_in_pattern: bool = False
     self_attention: bool | None = None
+    value: Tensor | None = None
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:
@@ -90,6 +93,22 @@ class AttentionCall:
         """A query has a position among the keys: in self-attention, unless its keys have been pooled."""
         return self.is_self_attention and self.n_positions >= self.shape[2]
 
+    def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
+        """1 where q, k or v has NaN or infinity, else 0: (B, H, Q or K); NaN: it is not known."""
+        return self._nonfinite[which]
+
+    @cached_property
+    def _nonfinite(self) -> dict[str, Tensor]:
+        B, H, Q, K = self.shape
+        found = {}
+        for which, vectors, n in (("query", self.query, Q), ("key", self.key, K), ("value", self.value, K)):
+            if vectors is None:
+                found[which] = torch.full((B, H, n), torch.nan, dtype=self.compute_dtype, device=self.device)
+            else:
+                bad = ~vectors.isfinite().all(-1)
+                found[which] = bad.repeat_interleave(H // bad.shape[1], 1).to(self.compute_dtype)
+        return found
+
     @cached_property
     def query_offset(self) -> int:
         """Position of query row 0 among the keys of a self-attention: earlier tokens may be cached.
@@ -112,50 +131,64 @@ class AttentionCall:
             self,
             query=None if self.query is None else self.query[:n],
             key=None if self.key is None else self.key[:n],
+            value=None if self.value is None else self.value[:n],
             mask=self.mask[:n] if self.mask is not None and self.mask.shape[0] > 1 else self.mask,
             model_scores=None if self.model_scores is None else self.model_scores[:n],
         )
 
-    def scores(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Scores of query rows ``start`` to ``stop``, -inf where masked by a bool mask or causality.
+    def scores(
+        self, start: int, stop: int, out: Tensor | None = None, hidden: float = -torch.inf
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of query rows ``start`` to ``stop``.
+
+        Args:
+            start: first row.
+            stop: the row after the last.
+            out: (B * H * R * K' or more,) of ``compute_dtype`` that the scores are put in, which may then be written
+                to; None: they may be the model's own.
+            hidden: score of a key that is masked by a bool mask, by causality or by -inf.
 
         Returns:
             scores: (B, H, R, K'), K' <= K + n_sinks: keys that no row of a causal call may see are left out. Keys
-                masked by a number (-1e9, finfo.min) have that added to their score. Not to be written to.
+                masked by a number (-1e9, finfo.min) have that added to their score.
             allowed: bool, broadcastable to ``scores``: which keys a row may see.
         """
         if self.model_scores is not None:
-            scores = self.model_scores[:, :, start:stop]
-            return scores.to(self.compute_dtype), ~(scores <= self._limit)
-        assert self.query is not None
-        assert self.key is not None
-        K = min(stop, self.key.shape[2]) if self.is_causal else self.key.shape[2]
-        B, H, _, D = self.query.shape
-        q = self.query[:, :, start:stop].to(self.compute_dtype)
-        k = self._key_for_scores[:, :, :K]  # (B, H_kv, K', D)
-        R, H_kv = q.shape[2], k.shape[1]
-        # the H / H_kv query heads that share a key head become more rows of one matrix product
-        scores = (q.reshape(B, H_kv, H // H_kv * R, D) @ k.transpose(-1, -2)).view(B, H, R, K)
-        scores *= self.scale
+            given = self.model_scores[:, :, start:stop]
+            return _at_least(hidden, given.to(self.compute_dtype), out), ~(given <= self._limit)
+        scores = self._scaled_products(start, stop, out)  # (B, H, R, K')
+        R, K = scores.shape[2:]
+        allowed = torch.ones((R, K), dtype=torch.bool, device=scores.device)
+        if self.is_causal:
+            allowed.tril_(start)
         if self.score_mod is not None:
             scores = self.score_mod(scores, start)
-        allowed = torch.ones((1, 1, R, K), dtype=torch.bool, device=q.device)
-        if self.score_mod is not None:
-            allowed = ~(scores <= _mask_limit(scores))  # it may mask too
+            allowed = allowed & ~(scores <= _mask_limit(scores))  # it may mask too
+            scores = _at_least(hidden, scores, out)
         if self.is_causal:
-            below = torch.ones((R, K), dtype=torch.bool, device=q.device).tril_(start)
-            scores.masked_fill_(~below, -torch.inf)
-            allowed = allowed & below
-        visible = self.visible(start, stop)
-        if visible is not None:
+            later = torch.ones((R, max(0, K - start)), dtype=torch.bool, device=scores.device).triu_(1)
+            scores[..., start:].masked_fill_(later, hidden)  # the keys before are seen by every row
+        if (visible := self.visible(start, stop)) is not None:
             allowed = allowed & visible[..., :K]
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            scores += self._rows_of_mask(start, stop)[..., :K]
-        elif visible is not None:
-            # as the function does it: NaN in a masked key stays NaN
-            hidden = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, -torch.inf)
-            scores += hidden[..., :K]
+            if self.mask is not None and self.mask.dtype != torch.bool:
+                added = self._rows_of_mask(start, stop).clamp(min=hidden)
+            else:  # as the function does it: NaN in a masked key stays NaN
+                added = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, hidden)
+            scores += added[..., :K]
         return scores, allowed
+
+    def _scaled_products(self, start: int, stop: int, out: Tensor | None) -> Tensor:
+        """scale * q . k of some rows and the keys that one of them may see, (B, H, R, K')."""
+        assert self.query is not None
+        q = self.query[:, :, start:stop].to(self.compute_dtype)  # (B, H, R, D)
+        k = self._key_for_scores  # (B * H_kv, K, D)
+        (B, H, R, D), n = q.shape, k.shape[0]
+        K = min(stop, k.shape[1]) if self.is_causal else k.shape[1]
+        out = q.new_empty(B * H * R * K) if out is None else out[: B * H * R * K]
+        # the H / H_kv query heads that share a key head become more rows of one matrix product
+        products = out.view(n, B * H * R // max(1, n), K)
+        torch.baddbmm(products, q.reshape(*products.shape[:2], D), k[:, :K].mT, beta=0, alpha=self.scale, out=products)
+        return out.view(B, H, R, K)
 
     def pattern(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Attention probabilities (B, H, Q, K) before dropout, float32 (float64 for a float64 model).
@@ -214,7 +247,7 @@ class AttentionCall:
     @cached_property
     def _key_for_scores(self) -> Tensor:
         assert self.key is not None
-        return self.key.to(self.compute_dtype)
+        return self.key.to(self.compute_dtype).expand(self.shape[0], -1, -1, -1).flatten(0, 1)  # (B * H_kv, K, D)
 
     @cached_property
     def _limit(self) -> Tensor:
@@ -227,6 +260,13 @@ class AttentionCall:
         given = self.model_scores if self.model_scores is not None else self.query
         assert given is not None
         return given
+
+
+def _at_least(lowest: float, scores: Tensor, out: Tensor | None) -> Tensor:
+    """Scores, none below ``lowest``, in ``out`` where there is one."""
+    if out is None:
+        return scores if lowest == -torch.inf else scores.clamp(min=lowest)
+    return torch.clamp(scores, min=lowest, out=out[: scores.numel()].view(scores.shape))
 
 
 def _mask_limit(scores: Tensor) -> Tensor:

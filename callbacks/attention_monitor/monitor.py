@@ -57,7 +57,9 @@ class AttentionMonitor(_Callback):
         every_n_steps: optimizer steps from one sample to the next.
         probe: a text whose maps are drawn with its tokens, or a ``TextProbe``.
         statistics: names from ``attention_monitor.STATISTICS``.
-        max_sequences: how many sequences of the batch the statistics are taken of.
+        max_sequences: how many sequences of the batch, on each rank, the statistics are taken of.
+        max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
+            looked at then, and of a sequence that is longer than that, blocks of rows spread over it evenly.
         sites: patterns as of a shell for the module paths to look at, such as ``model.decoder.*``; None: all.
 
     Attributes:
@@ -76,9 +78,10 @@ class AttentionMonitor(_Callback):
         probe: str | TextProbe | None = None,
         statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
+        max_tokens: int | None = None,
         sites: str | Sequence[str] | None = None,
     ) -> None:
-        options = check_options(every_n_steps, probe, statistics, max_sequences, sites)
+        options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
         self.every_n_steps: int = options["every_n_steps"]
         self.probe: TextProbe | None = options["probe"]
         self.statistics: list[str] = options["statistics"]
@@ -95,8 +98,6 @@ class AttentionMonitor(_Callback):
             self.first, self.latest = None, None
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not trainer.is_global_zero:
-            return
         owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
         tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)
         if not trainer.loggers:
@@ -109,6 +110,7 @@ class AttentionMonitor(_Callback):
             **self._options,
             log_to=trainer.loggers,
             tokenizer=next((t for t in tokenizers if t is not None), None),
+            all_ranks=trainer.world_size > 1,
         )
         self._recorder.check_probe(trainer.precision_plugin.forward_context())
 

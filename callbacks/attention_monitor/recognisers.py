@@ -135,6 +135,7 @@ class ScaledDotProduct(Recogniser):
             is_causal,
             scale,
             self_attention=self_attention,
+            value=_four_dimensional(_as_computed(value.detach())),
         )
 
 
@@ -199,19 +200,20 @@ class MultiHeadAttention(Recogniser):
         self_attention: bool | None = query is key
         if not self_attention:
             self_attention = same_sequence(origins.of(query), origins.of(key), seen.frames, projects=True)
-        query, key = query.detach(), key.detach()
+        query, key, value = query.detach(), key.detach(), value.detach()
         if query.dim() == 2:
-            query, key = query.unsqueeze(1), key.unsqueeze(1)
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         Q, B, E = query.shape
         if use_separate_proj_weight:
             assert q_proj_weight is not None
             assert k_proj_weight is not None
-            weight_q, weight_k = q_proj_weight, k_proj_weight
+            assert v_proj_weight is not None
+            weight_q, weight_k, weight_v = q_proj_weight, k_proj_weight, v_proj_weight
         else:
             assert in_proj_weight is not None
-            weight_q, weight_k, _ = in_proj_weight.chunk(3)
-        bias_of_q, bias_of_k, _ = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+            weight_q, weight_k, weight_v = in_proj_weight.chunk(3)
+        bias_of_q, bias_of_k, bias_of_v = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
         q = F.linear(query, weight_q, bias_of_q).reshape(Q, B, H, E // H).permute(1, 2, 0, 3)  # (B, H, Q, D)
         if static_k is None:
             k = F.linear(key, weight_k, bias_of_k)  # (K, B, E)
@@ -220,6 +222,10 @@ class MultiHeadAttention(Recogniser):
             k = k.reshape(-1, B, H, E // H).permute(1, 2, 0, 3)  # (B, H, K, D)
         else:
             k = static_k.reshape(B, H, -1, E // H)
+        if static_v is None:
+            v = F.linear(value, weight_v, bias_of_v).reshape(-1, B, H, E // H).permute(1, 2, 0, 3)
+        else:
+            v = static_v.reshape(B, H, -1, E // H)
         if add_zero_attn:
             k = torch.cat([k, k.new_zeros(B, H, 1, E // H)], dim=2)
         n_sinks = int(bias_k is not None) + int(add_zero_attn)
@@ -238,6 +244,7 @@ class MultiHeadAttention(Recogniser):
             n_sinks=n_sinks,
             sinks_in_pattern=True,
             self_attention=self_attention,
+            value=v.detach(),
         )
 
 
@@ -263,7 +270,7 @@ class FlexAttention(Recogniser):
     functions = ("flex_attention",)
 
     def read(self, seen: Seen) -> AttentionCall:
-        query, key, _, score_mod, block_mask, scale = seen.args[:6]
+        query, key, value, score_mod, block_mask, scale = seen.args[:6]
         self_attention = seen.same_sequence(query, key)
         query, key = query.detach(), key.detach()
         key = key.expand(query.shape[0], -1, -1, -1)
@@ -286,6 +293,7 @@ class FlexAttention(Recogniser):
             score_mod=None if score_mod.__name__ == "_identity" else modify,
             mask_mod=None if mask_mod.__name__ == "noop_mask" else allowed,
             self_attention=self_attention,
+            value=value.detach(),
         )
 
 
@@ -345,6 +353,7 @@ class FlashKernel(Recogniser):
     _NAMES: ClassVar = {
         "q": "query",
         "k": "key",
+        "v": "value",
         "softmax_scale": "scale",
         "causal": "is_causal",
         "window_size_left": "window_left",
@@ -365,10 +374,10 @@ class FlashKernel(Recogniser):
             raise NotUnderstoodError(f"{overload.name()} was given {', '.join(unreadable)}, which is not supported")
         query, key = given["query"], given["key"]
         self_attention = seen.same_sequence(query, key)
-        query, key = query.detach(), key.detach()
+        query, key, value = query.detach(), key.detach(), given["value"].detach()
         if query.dim() == 3:  # all sequences one after the other: (tokens, H, D)
-            query, key = query[None], key[None]
-        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, Q, D)
+            query, key, value = query[None], key[None], value[None]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, Q, D)
         Q, K, device = query.shape[2], key.shape[2], query.device
         q_segment, q_local, q_lengths = _segments(given.get("cu_seqlens_q"), Q, device)
         k_segment, k_local, k_lengths = _segments(given.get("cu_seqlens_k"), K, device)
@@ -412,6 +421,7 @@ class FlashKernel(Recogniser):
             score_mod=modify if modified else None,
             mask_mod=allowed,
             self_attention=self_attention,
+            value=value,
         )
 
 

@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from .capturing import Capture, NoAttentionError, captures_paused, layer_labels,
 from .diagnosis import Diagnosis
 from .errors import AttentionMonitorError
 from .probes import TextProbe, TokenProbe
-from .statistics import DEFAULT_STATISTICS, HeadTotals, Snapshot, Statistic, resolve_statistics
+from .statistics import DEFAULT_STATISTICS, HeadTotals, Snapshot, Statistic, Workspace, resolve_statistics
 from .writers import Writer, sinks_for
 
 MAX_MAP_SIZE = 96  # positions in a picture; longer patterns are pooled
@@ -25,6 +27,21 @@ class AttentionWarning(UserWarning):
     """Something is wrong with a head."""
 
 
+@dataclass
+class Site:
+    """What was seen of one attention call of the model.
+
+    Attributes:
+        totals: its statistics.
+        is_cross: whether it is cross-attention.
+        pattern: (H, Q, K) of one sequence, possibly pooled, where it was asked for.
+    """
+
+    totals: HeadTotals
+    is_cross: bool
+    pattern: Tensor | None = None
+
+
 class Recording:
     """Context that takes the statistics of every attention call under ``model``.
 
@@ -32,6 +49,7 @@ class Recording:
         model: whose calls are looked at.
         statistics: to take.
         max_sequences: of each call; None: all.
+        max_tokens: query positions of each call, over its sequences; None: all.
         with_patterns: keep the pattern of each site's first sequence too.
         sites: patterns for the module paths to look at; None: all.
         told: module paths that have been warned about.
@@ -41,16 +59,18 @@ class Recording:
         self,
         model: nn.Module,
         statistics: Sequence[Statistic],
-        max_sequences: int | None,
-        with_patterns: bool,
-        sites: Sequence[str] | None,
-        told: set[str],
+        *,
+        max_sequences: int | None = None,
+        max_tokens: int | None = None,
+        with_patterns: bool = False,
+        sites: Sequence[str] | None = None,
+        told: set[str] | None = None,
     ) -> None:
-        self.statistics, self.max_sequences, self.with_patterns = statistics, max_sequences, with_patterns
-        self._capture = Capture(model, self._on_call, sites, told)
-        self._totals: dict[str, HeadTotals] = {}
-        self._is_cross: dict[str, bool] = {}
-        self._patterns: dict[str, Tensor] = {}
+        self.statistics, self.with_patterns = statistics, with_patterns
+        self.max_sequences, self.max_tokens = max_sequences, max_tokens
+        self._capture = Capture(model, self._on_call, sites, set() if told is None else told)
+        self._workspace = Workspace()
+        self._seen: dict[str, Site] = {}
         self._pooled = False
 
     def __enter__(self) -> "Recording":
@@ -61,14 +81,19 @@ class Recording:
         self._capture.__exit__(*exception)
 
     def _on_call(self, call: AttentionCall) -> None:
-        if self.max_sequences is not None:
-            call = call.first(self.max_sequences)
-        totals = self._totals.setdefault(call.site, HeadTotals(self.statistics))
-        self._is_cross.setdefault(call.site, not call.is_self_attention)
-        if self.with_patterns and call.site not in self._patterns:
-            self._patterns[call.site] = picture(call.first(1))[0].cpu()
+        B, _, Q, _ = call.shape
+        n = B if self.max_sequences is None else min(B, self.max_sequences)
+        if self.max_tokens is not None:
+            n = min(n, max(1, self.max_tokens // max(1, Q)))
+        call = call.first(n)
+        site = self._seen.get(call.site) or Site(
+            HeadTotals(self.statistics, self.max_tokens, self._workspace), not call.is_self_attention
+        )
+        if self.with_patterns and site.pattern is None:
+            site.pattern = picture(call.first(1))[0].cpu()
             self._pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
-        totals.add(call)
+        site.totals.add(call)
+        self._seen[call.site] = site  # a call that cannot be read leaves nothing
 
     @property
     def saw_attention(self) -> bool:
@@ -83,23 +108,42 @@ class Recording:
         if not self.saw_attention:
             raise NoAttentionError(self._capture.explain_nothing())
 
-    def snapshot(self, step: int, source: str, tokens: list[str] | None = None) -> Snapshot:
+    def result(self) -> dict[str, Site]:
+        """What has been seen at each module path, in order of execution."""
+        return {self._capture.final_site(name): site for name, site in self._seen.items()}
+
+    def result_of_all_ranks(self) -> dict[str, Site]:
+        """The same with the totals of all ranks, each of which has to call this; patterns are this rank's own."""
+        own = self.result()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, {name: (site.is_cross, site.totals.on_cpu()) for name, site in own.items()})
+        merged: dict[str, Site] = {}
+        for theirs in everyone:
+            for name, (is_cross, totals) in theirs.items():
+                site = merged.setdefault(name, Site(HeadTotals(self.statistics), is_cross))
+                if totals is not None:
+                    site.totals.merge(totals)
+        for name, site in own.items():
+            merged[name].pattern = site.pattern
+        return merged
+
+    def snapshot(self, step: int, source: str, tokens: list[str] | None = None, all_ranks: bool = False) -> Snapshot:
         """What has been seen; sites in order of execution, but those of a stack together."""
-        seen = list(self._totals)
-        sites = [self._capture.final_site(site) for site in seen]
-        names = stacks(sites, [self._is_cross[site] for site in seen])
-        order = sorted(range(len(seen)), key=lambda i: names.index(names[i]))
-        sites = [sites[i] for i in order]
+        seen = self.result_of_all_ranks() if all_ranks else self.result()
+        found = stacks(list(seen), [site.is_cross for site in seen.values()])
+        names = dict(zip(seen, found, strict=True))
+        sites = sorted(seen, key=lambda site: found.index(names[site]))
+        patterns = [pattern for site in sites if (pattern := seen[site].pattern) is not None]
         return Snapshot(
             step=step,
             source=source,
             labels=layer_labels(sites),
             sites=sites,
-            values=[self._totals[seen[i]].values() for i in order],
-            patterns=[self._patterns[seen[i]] for i in order if seen[i] in self._patterns],
+            values=[seen[site].totals.values() for site in sites],
+            patterns=patterns if len(patterns) == len(sites) else [],  # other ranks may have seen more
             tokens=None if self._pooled else tokens,
-            stacks=[names[i] for i in order],
-            is_cross=[self._is_cross[seen[i]] for i in order],
+            stacks=[names[site] for site in sites],
+            is_cross=[seen[site].is_cross for site in sites],
         )
 
 
@@ -122,6 +166,7 @@ def check_options(
     probe: str | TextProbe | None,
     statistics: Sequence[str],
     max_sequences: int,
+    max_tokens: int | None,
     sites: str | Sequence[str] | None,
 ) -> dict[str, Any]:
     """The options that recorder and callbacks share, as keyword arguments for ``AttentionRecorder``.
@@ -129,7 +174,8 @@ def check_options(
     Raises:
         AttentionMonitorError: on one that makes no sense.
     """
-    for name, value in (("every_n_steps", every_n_steps), ("max_sequences", max_sequences)):
+    whole = {"every_n_steps": every_n_steps, "max_sequences": max_sequences}
+    for name, value in (whole if max_tokens is None else whole | {"max_tokens": max_tokens}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise AttentionMonitorError(f"{name} must be at least 1, got {value!r}; give a whole number.")
     if not isinstance(probe, str | TextProbe | None):
@@ -146,6 +192,7 @@ def check_options(
         "probe": TextProbe(probe) if isinstance(probe, str) else probe,
         "statistics": [stat.name for stat in resolve_statistics(statistics)],
         "max_sequences": max_sequences,
+        "max_tokens": max_tokens,
         "sites": None if patterns is None else list(patterns),
     }
 
@@ -172,10 +219,14 @@ class AttentionRecorder:
             first sequence.
         statistics: names from ``attention_monitor.STATISTICS``, which are written.
         max_sequences: of the batch that are looked at.
+        max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
+            looked at then, and of a sequence that is longer than that, blocks of rows spread over it evenly.
         sites: patterns as of a shell for the module paths to look at, such as ``decoder.*``; None: all.
         log_to: a folder for TensorBoard's files, a ``SummaryWriter``, a Lightning logger, or a list of these; None:
             nothing is written.
         tokenizer: for a probe without one of its own.
+        all_ranks: the statistics are of the batches of all ranks of ``torch.distributed``'s process group, each of
+            which makes a recorder and goes through the same steps; rank zero writes. False: of this process alone.
 
     Attributes:
         snapshots: the newest Snapshot of each source: ``live`` and the probe's name.
@@ -191,18 +242,22 @@ class AttentionRecorder:
         probe: str | TextProbe | None = None,
         statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
+        max_tokens: int | None = None,
         sites: str | Sequence[str] | None = None,
         *,
         log_to: Any = None,
         tokenizer: Any = None,
+        all_ranks: bool = False,
     ) -> None:
-        options = check_options(every_n_steps, probe, statistics, max_sequences, sites)
+        options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
         if not isinstance(model, nn.Module):
             raise AttentionMonitorError(f"AttentionRecorder watches a torch.nn.Module, got {model!r}.")
-        self.model, self.every_n_steps, self.max_sequences = model, every_n_steps, max_sequences
+        self.model, self.every_n_steps, self.all_ranks = model, every_n_steps, all_ranks
+        self.is_rank_zero = not all_ranks or dist.get_rank() == 0
+        self._extent = {name: options[name] for name in ("max_sequences", "max_tokens")}
         self.sites: list[str] | None = options["sites"]
         self.probe: TokenProbe | None = options["probe"] and options["probe"].encode(tokenizer)
-        self.writer = Writer(sinks_for(log_to), options["statistics"])
+        self.writer = Writer(sinks_for(log_to) if self.is_rank_zero else [], options["statistics"])
         self.diagnosis = Diagnosis()
         wanted = dict.fromkeys([*options["statistics"], *self.diagnosis.statistics])
         self._live_statistics = resolve_statistics(list(wanted))
@@ -268,7 +323,7 @@ class AttentionRecorder:
         self.abort()  # a step that was begun and never finished
         self._step = self._sampled_step = step
         self._probed = self._try_probe(step, precision)
-        self._live = self._recording(self._live_statistics, self.max_sequences, with_patterns=self.probe is None)
+        self._live = self._recording(self._live_statistics, with_patterns=self.probe is None, **self._extent)
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
@@ -293,13 +348,13 @@ class AttentionRecorder:
         assert live is not None, "begin() comes first"
         self.abort()
         self._keep(self._probed)  # not before: drawing would compete with the step
-        if not live.saw_attention:
+        snapshot = live.snapshot(self._step, "live", all_ranks=self.all_ranks)
+        if not snapshot.sites:
             if not self.snapshots:
                 self._miss(live)
             return None
-        snapshot = live.snapshot(self._step, "live")
         self._keep(snapshot)
-        for message in self.diagnosis.explain(self.diagnosis.update(snapshot)):
+        for message in self.diagnosis.explain(self.diagnosis.update(snapshot)) if self.is_rank_zero else ():
             warnings.warn(f"AttentionMonitor: {message}", AttentionWarning, stacklevel=2)
         return snapshot
 
@@ -344,8 +399,8 @@ class AttentionRecorder:
             self._told.add(subject)
             warnings.warn(message, stacklevel=4)
 
-    def _recording(self, statistics: Sequence[Statistic], max_sequences: int | None, with_patterns: bool) -> Recording:
-        return Recording(self.model, statistics, max_sequences, with_patterns, self.sites, self._told)
+    def _recording(self, statistics: Sequence[Statistic], **options: Any) -> Recording:
+        return Recording(self.model, statistics, sites=self.sites, told=self._told, **options)
 
     def _try_probe(self, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot | None:
         """None when the probe fails although it has fitted before: that is no reason to stop training."""
@@ -360,7 +415,7 @@ class AttentionRecorder:
     def _run_probe(self, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot | None:
         if self.probe is None:
             return None
-        recording = self._recording((), None, with_patterns=True)
+        recording = self._recording((), with_patterns=True)
         with precision or nullcontext(), captures_paused(), recording:
             self.probe.run(self.model)
         recording.require_attention()

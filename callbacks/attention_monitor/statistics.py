@@ -8,61 +8,79 @@ Shapes: B sequences, H heads, R rows of a block, K keys that some row of the blo
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import AttentionCall
 from .errors import AttentionMonitorError
 
-# Scores held at a time: 4 MB in float32, so that a block and what is derived from it stay in cache.
-BLOCK_ELEMENTS = 1 << 20
+# Scores held at a time: what is derived from a block stays in cache, and 64 rows make a matrix product worth while.
+BLOCK_ELEMENTS = 3 << 20
+BLOCK_ROWS = 64
+
+# The score of a masked key within a block: exp gives exactly 0, and 0 times it is 0, which with -inf would be NaN.
+_HIDDEN = -1e30
+
+
+class Workspace:
+    """Memory that blocks share one after the other: new memory for each costs as much as what is computed in it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(n,), with anything in it, until the next ``take`` of the same name."""
+        found = self._buffers.get((name, dtype, device))
+        if found is None or len(found) < n:
+            found = self._buffers[name, dtype, device] = torch.empty(n, dtype=dtype, device=device)
+        return found[:n]
 
 
 class RowBlock:
     """Query rows ``start`` to ``stop`` of a call against the keys they may see; what is shared is computed once.
 
     Attributes:
-        scores: (B, H, R, K), -inf where masked; last columns may be sinks, which are no position.
-        allowed: bool, broadcastable to ``scores``.
+        allowed: bool, broadcastable to (B, H, R, K): which keys a row may see; last columns may be sinks, which are no
+            position.
+        max_score: (B, H, R) max_j s_ij.
         query_pos: (R,) position of each row.
         key_pos: (K - sinks,) position of each key that is one.
     """
 
-    def __init__(self, call: AttentionCall, start: int, stop: int) -> None:
-        self.scores, self.allowed = call.scores(start, stop)
-        rows, keys = self.scores.shape[2:]
-        first = start + call.query_offset
-        self.query_pos = torch.arange(first, first + rows, device=self.scores.device)
-        self.key_pos = torch.arange(min(keys, call.n_positions), device=self.scores.device)
+    def __init__(self, call: AttentionCall, start: int, stop: int, workspace: Workspace | None = None) -> None:
+        self.call, self.start, self.stop = call, start, stop
+        workspace = workspace or Workspace()
+        B, H, _, K = call.shape
+        size = B * H * (stop - start) * (K + call.n_sinks), call.compute_dtype, call.device
+        scores, self.allowed = call.scores(start, stop, workspace.take("scores", *size), _HIDDEN)  # (B, H, R, K)
+        self.max_score = scores.amax(-1)
+        # differences to the largest keep their digits however large the scores are
+        shifted = scores.sub_(self.max_score[..., None])
+        self._exp = torch.exp(shifted, out=workspace.take("exp", *size)[: shifted.numel()].view(shifted.shape))
+        self._sum_exp = self._exp.sum(-1)  # (B, H, R), >= 1
+        self._sum_exp_shifted = shifted.mul_(self._exp).sum(-1)
+        rows, keys = scores.shape[2:]
+        self._first = start + call.query_offset
+        self.query_pos = torch.arange(self._first, self._first + rows, device=call.device)
+        self.key_pos = torch.arange(min(keys, call.n_positions), device=call.device)
         padded = call.padded_queries  # broadcastable to (B, H, Q)
         self._padded = None if padded is None else padded[..., start:stop]
 
     @cached_property
+    def scores(self) -> Tensor:
+        """s_ij, (B, H, R, K), -inf where masked. Computed once more: not used by the statistics here."""
+        return self.call.scores(self.start, self.stop)[0]
+
+    @cached_property
     def n_keys(self) -> Tensor:
         """n_i, broadcastable to (B, H, R)."""
-        return self.allowed.expand(*self.allowed.shape[:-1], self.scores.shape[-1]).sum(-1)
-
-    @cached_property
-    def max_score(self) -> Tensor:
-        """max_j s_ij, (B, H, R)."""
-        return self.scores.amax(-1)
-
-    @cached_property
-    def _shifted(self) -> Tensor:  # s_ij - max_j s_ij: differences keep their digits however large the scores are
-        return self.scores - self.max_score[..., None]
-
-    @cached_property
-    def _exp(self) -> Tensor:
-        return self._shifted.exp()
-
-    @cached_property
-    def _sum_exp(self) -> Tensor:  # >= 1
-        return self._exp.sum(-1)
+        return self.allowed.expand(*self.allowed.shape[:-1], self._exp.shape[-1]).sum(-1)
 
     @cached_property
     def lse(self) -> Tensor:
@@ -75,10 +93,14 @@ class RowBlock:
         return self._exp / self._sum_exp[..., None]
 
     @cached_property
+    def max_weight(self) -> Tensor:
+        """max_j p_ij, (B, H, R)."""
+        return 1 / self._sum_exp  # the largest of exp(s - max s) is 1
+
+    @cached_property
     def entropy(self) -> Tensor:
         """lse_i - sum_j p_ij s_ij, (B, H, R), nats; finite exactly when q, scores and p of the row are."""
-        shifted = self._shifted.masked_fill(~self.allowed, 0)
-        return self._sum_exp.log() - (self._exp * shifted).sum(-1) / self._sum_exp
+        return self._sum_exp.log() - self._sum_exp_shifted / self._sum_exp
 
     @cached_property
     def expected_score(self) -> Tensor:
@@ -97,11 +119,18 @@ class RowBlock:
 
     def weight_at(self, offset: int) -> Tensor:
         """p at key position i + offset of each row i, (B, H, R); 0 where there is no such key."""
-        key = self.query_pos + offset
-        exists = (key >= 0) & (key < self.key_pos.numel())
-        row = torch.arange(key.numel(), device=key.device)
-        chosen = self._exp[:, :, row, key.clamp(0, self.key_pos.numel() - 1)] / self._sum_exp
-        return chosen.masked_fill(~exists, 0)
+        ahead = self._first + offset  # of row 0: the key stands that many columns after the diagonal
+        R, n = self._exp.shape[2], self.key_pos.numel()
+        before = min(R, max(0, -ahead))
+        chosen = self._exp[..., :n].diagonal(ahead, -2, -1) / self._sum_exp[..., before : max(before, n - ahead)]
+        return F.pad(chosen, (before, R - before - chosen.shape[-1]))
+
+    def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
+        """Of q the rows with NaN or infinity, of k and v the fraction of keys; (B, H, R) or (B, H, 1)."""
+        found = self.call.nonfinite(which)  # (B, H, Q or K)
+        if which == "query":
+            return found[..., self.start : self.stop]
+        return found.mean(-1, keepdim=True)
 
     # Which rows count, bool, broadcastable to (B, H, R); named in @statistic(rows=...)
 
@@ -136,7 +165,7 @@ class Statistic:
 
     Attributes:
         name: as in tags and configs.
-        function: RowBlock -> (B, H, R).
+        function: RowBlock -> (B, H, R), or what broadcasts to it; numbers, or bool for a fraction of rows.
         unit: of the value.
         range: of the value.
         reduce: how rows become a head's value.
@@ -191,7 +220,7 @@ def entropy(block: RowBlock) -> Tensor:
 @statistic(unit="1", range="0..1")
 def normalized_entropy(block: RowBlock) -> Tensor:
     """Entropy over the most it can be, ln n_i: 1 exactly when the row is uniform over the keys it may see."""
-    return block.entropy / block.n_keys.to(block.scores.dtype).log()
+    return block.entropy / block.n_keys.to(block.max_score.dtype).log()
 
 
 @statistic(unit="1", range="0..1", self_attention_only=True)
@@ -221,7 +250,7 @@ def effective_keys(block: RowBlock) -> Tensor:
 @statistic(unit="tokens", range="0..T", self_attention_only=True)
 def mean_distance(block: RowBlock) -> Tensor:
     """How far the row looks, sum_j p_ij |i - j|."""
-    distance = (block.query_pos[:, None] - block.key_pos).abs().to(block.scores.dtype)  # (R, positions)
+    distance = (block.query_pos[:, None] - block.key_pos).abs().to(block.max_score.dtype)  # (R, positions)
     return (block.position_weights * distance).sum(-1)
 
 
@@ -235,8 +264,10 @@ def sparsity(block: RowBlock, threshold: float = 0.1) -> Tensor:
 @statistic(unit="1", range="0..0.5")
 def weight_std(block: RowBlock) -> Tensor:
     """Standard deviation of p_ij over the keys that the row may see: 0 for a uniform row."""
-    n = block.n_keys.to(block.scores.dtype)
-    return (block.sum_of_squares / n - 1 / n**2).clamp(min=0).sqrt()
+    n = block.n_keys.to(block.max_score.dtype)
+    # not by the sum of squares: close to uniform that would leave nothing but rounding
+    deviation = (block.weights - 1 / n[..., None]).masked_fill(~block.allowed, 0)
+    return ((deviation * deviation).sum(-1) / n).sqrt()
 
 
 @statistic(unit="1", range="0..1", rows="visible", self_attention_only=True)
@@ -249,19 +280,19 @@ def future_mass(block: RowBlock) -> Tensor:
 @statistic(unit="fraction of rows", range="0..1", rows="not_padded")
 def fully_masked_rows(block: RowBlock) -> Tensor:
     """Rows that may see no key. They are in no other statistic."""
-    return (block.n_keys == 0).to(block.scores.dtype)
+    return block.n_keys == 0
 
 
 @statistic(unit="1", range="0..1")
 def max_weight(block: RowBlock) -> Tensor:
     """Largest weight of the row, max_j p_ij; "confidence" in Voita et al. 2019."""
-    return 1 / block._sum_exp  # the largest of exp(s - max s) is 1
+    return block.max_weight
 
 
 @statistic(unit="fraction of rows", range="0..1")
 def collapse_fraction(block: RowBlock, threshold: float = 0.95) -> Tensor:
     """Rows that put more than ``threshold`` of their weight on one key, max_j p_ij > 0.95."""
-    return (max_weight(block) > threshold).to(block.scores.dtype)
+    return block.max_weight > threshold
 
 
 @statistic(unit="score", range="-inf..inf", reduce="max", rows="visible")
@@ -276,7 +307,25 @@ def nonfinite_fraction(block: RowBlock) -> Tensor:
 
     Unlike the other fractions it counts rows that see a single key too: a NaN must not hide there.
     """
-    return (~block.entropy.isfinite()).to(block.scores.dtype)
+    return ~block.entropy.isfinite()
+
+
+@statistic(unit="fraction of rows", range="0..1", rows="not_padded")
+def nonfinite_query(block: RowBlock) -> Tensor:
+    """Rows with NaN or infinity in q_i. Not known where the model hands on nothing but its scores."""
+    return block.nonfinite("query")
+
+
+@statistic(unit="fraction of keys", range="0..1", rows="not_padded")
+def nonfinite_key(block: RowBlock) -> Tensor:
+    """Keys with NaN or infinity in k_j. Not known where the model hands on nothing but its scores."""
+    return block.nonfinite("key")
+
+
+@statistic(unit="fraction of keys", range="0..1", rows="not_padded")
+def nonfinite_value(block: RowBlock) -> Tensor:
+    """Keys with NaN or infinity in v_j. Not known where the model hands on nothing but its scores."""
+    return block.nonfinite("value")
 
 
 # What a training run wants to see, and what costs next to nothing beside the scores themselves.
@@ -313,51 +362,107 @@ def resolve_statistics(names: Sequence[str]) -> list[Statistic]:
 
 
 class HeadTotals:
-    """Running totals over row blocks and calls of one site; ``values`` turns them into one number per head."""
+    """Running totals over the calls of one site; ``values`` turns them into one number per head.
 
-    def __init__(self, statistics: Iterable[Statistic]) -> None:
-        self.statistics = list(statistics)
-        self._n_heads = 0
-        self._totals: dict[str, Tensor] = {}  # (H,) float64: sum or maximum
-        self._counts: dict[str, Tensor] = {}  # (H,) float64: rows that count
+    Args:
+        statistics: to take.
+        max_rows: query rows of a call that are looked at, in blocks that are spread over it evenly; None: all.
+        workspace: to share with other totals.
+
+    Attributes:
+        packed: (2, statistics, H), float64: sums or maxima of the rows that count, and how many those are; None before
+            the first call.
+    """
+
+    def __init__(
+        self, statistics: Iterable[Statistic], max_rows: int | None = None, workspace: Workspace | None = None
+    ) -> None:
+        self.statistics, self.max_rows = list(statistics), max_rows
+        self.packed: Tensor | None = None
+        self._workspace = workspace or Workspace()
 
     def add(self, call: AttentionCall) -> None:
-        """Take in all rows of a call."""
-        B, H, Q, K = call.shape
-        self._n_heads = H
-        if not self.statistics or 0 in call.shape:
+        """Take in the rows of a call."""
+        if not self.statistics:
             return
-        n = max(1, BLOCK_ELEMENTS // (B * H * K))
-        for start in range(0, Q, n):
-            block = RowBlock(call, start, min(start + n, Q))
-            for stat in self.statistics:
+        B, H, _, _ = call.shape
+        spans = list(_spans(call, self.max_rows))
+        Q = sum(stop - start for start, stop in spans)
+        rows = torch.zeros((len(self.statistics), B, H, Q), dtype=call.compute_dtype, device=call.device)
+        selectors = list(dict.fromkeys(stat.rows for stat in self.statistics))
+        counted = torch.zeros((len(selectors), B, H, Q), dtype=torch.bool, device=call.device)
+        end = 0
+        for start, stop in spans if 0 not in call.shape else ():
+            block = RowBlock(call, start, stop, self._workspace)
+            here, end = slice(end, end + stop - start), end + stop - start
+            for i, stat in enumerate(self.statistics):
                 if call.has_positions or not stat.self_attention_only:
-                    rows = stat.function(block).expand(block.scores.shape[:3])
-                    self._add_rows(stat, rows, getattr(block, stat.rows))
+                    rows[i, :, :, here] = stat.function(block)
+            for i, selector in enumerate(selectors):
+                counted[i, :, :, here] = getattr(block, selector)
+        absent = [stat.self_attention_only and not call.has_positions for stat in self.statistics]
+        counted = counted[[selectors.index(stat.rows) for stat in self.statistics]]  # as rows
+        counted[absent] = False
+        self.merge(_packed(self.statistics, rows, counted))
 
-    def _add_rows(self, stat: Statistic, rows: Tensor, counts: Tensor) -> None:
-        counts = counts.expand_as(rows)  # (B, H, R)
-        n = counts.sum((0, 2), dtype=torch.float64)
-        if stat.reduce == "max":
-            total = rows.masked_fill(~counts, -torch.inf).amax((0, 2)).double()
-            previous = self._totals.get(stat.name)
-            total = total if previous is None else torch.maximum(previous, total)
-        else:
-            total = rows.masked_fill(~counts, 0).sum((0, 2), dtype=torch.float64) + self._totals.get(stat.name, 0)
-        self._totals[stat.name] = total
-        self._counts[stat.name] = n + self._counts.get(stat.name, 0)
+    def merge(self, packed: Tensor) -> None:
+        """Take in the totals of others with the same statistics."""
+        if self.packed is None:
+            self.packed = packed
+            return
+        both = torch.stack([self.packed, packed.to(self.packed.device)])
+        self.packed = torch.where(_takes_maximum(self.statistics, packed), both.amax(0), both.sum(0))
+
+    def on_cpu(self) -> Tensor | None:
+        """``packed``, in one transfer."""
+        return None if self.packed is None else self.packed.cpu()
 
     def values(self) -> dict[str, Tensor]:
         """statistic -> (H,) float32 on the CPU; NaN where no row counted."""
-        result = {}
-        for stat in self.statistics:
-            if stat.name not in self._totals:
-                result[stat.name] = torch.full((self._n_heads,), torch.nan, dtype=torch.float32, device="cpu")
-                continue
-            total, count = self._totals[stat.name].cpu(), self._counts[stat.name].cpu()
-            value = total / count if stat.reduce == "mean" else total
-            result[stat.name] = value.where(count > 0, torch.nan).float()
-        return result
+        packed = self.on_cpu()
+        if packed is None:
+            return {}
+        totals, counts = packed
+        means = totals / torch.where(_takes_maximum(self.statistics, packed)[0], 1, counts)
+        values = means.where(counts > 0, torch.nan).float()
+        return dict(zip((stat.name for stat in self.statistics), values, strict=True))
+
+
+def _spans(call: AttentionCall, max_rows: int | None) -> Iterator[tuple[int, int]]:
+    """First row, and row after the last, of each block."""
+    Q, n = call.shape[2], rows_per_block(call)
+    if max_rows is None or max_rows >= Q:
+        yield from ((start, min(start + n, Q)) for start in range(0, Q, n))
+        return
+    n = min(n, max_rows)
+    wanted = max_rows // n
+    for i in range(wanted):
+        start = (Q - n) * (2 * i + 1) // (2 * wanted)
+        yield start, start + n
+
+
+def _packed(statistics: Sequence[Statistic], rows: Tensor, counted: Tensor) -> Tensor:
+    """(2, statistics, H) totals and counts of rows and whether they count, both (statistics, B, H, Q)."""
+    sums = rows.masked_fill(~counted, 0).sum((1, 3), dtype=torch.float64)
+    counts = counted.sum((1, 3), dtype=torch.float64)
+    packed = torch.stack([sums, counts])
+    for i, stat in enumerate(statistics):
+        if stat.reduce == "max":
+            packed[0, i] = rows[i].masked_fill(~counted[i], -torch.inf).amax((0, 2)) if rows[i].numel() else -torch.inf
+    return packed
+
+
+def _takes_maximum(statistics: Sequence[Statistic], packed: Tensor) -> Tensor:
+    """Which of (2, statistics, 1) are maxima and not sums."""
+    is_max = torch.tensor([stat.reduce == "max" for stat in statistics], device=packed.device)
+    return torch.stack([is_max, torch.zeros_like(is_max)])[..., None]
+
+
+def rows_per_block(call: AttentionCall) -> int:
+    """As many rows as BLOCK_ELEMENTS allow; of those no more than BLOCK_ROWS, unless rows are short."""
+    B, H, _, K = call.shape
+    most = max(1, BLOCK_ELEMENTS // max(1, B * H * K))
+    return most if call.device.type != "cpu" else min(most, max(BLOCK_ROWS, most // 4))
 
 
 def summarize(call: AttentionCall, statistics: Sequence[str] = DEFAULT_STATISTICS) -> dict[str, Tensor]:

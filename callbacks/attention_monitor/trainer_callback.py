@@ -36,7 +36,9 @@ class AttentionTrainerCallback(TrainerCallback):
         probe: a text whose maps are drawn with its tokens, or a ``TextProbe``; the tokenizer is the Trainer's
             ``processing_class``.
         statistics: names from ``attention_monitor.STATISTICS``.
-        max_sequences: how many sequences of the batch the statistics are taken of.
+        max_sequences: how many sequences of the batch, on each rank, the statistics are taken of.
+        max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
+            looked at then, and of a sequence that is longer than that, blocks of rows spread over it evenly.
         sites: patterns as of a shell for the module paths to look at, such as ``model.decoder.*``; None: all.
         log_to: a folder for TensorBoard's files, or a ``SummaryWriter``; None: ``runs/attention`` in the Trainer's
             output folder, ``attention`` in ``$TENSORBOARD_LOGGING_DIR`` where that is set.
@@ -57,13 +59,14 @@ class AttentionTrainerCallback(TrainerCallback):
         probe: str | TextProbe | None = None,
         statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
+        max_tokens: int | None = None,
         sites: str | Sequence[str] | None = None,
         log_to: Any = None,
     ) -> None:
         self.every_n_steps, self.log_to = every_n_steps, log_to
         self.first: Snapshot | None = None
         self.latest: Snapshot | None = None
-        self._options = check_options(every_n_steps, probe, statistics, max_sequences, sites)
+        self._options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
         self._recorder: AttentionRecorder | None = None
         self._sampling = ExitStack()
 
@@ -72,14 +75,13 @@ class AttentionTrainerCallback(TrainerCallback):
     ) -> None:
         self._close(complete=False)  # of a run that failed
         self.first, self.latest = None, None
-        if not state.is_world_process_zero:
-            return
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs")
         self._recorder = AttentionRecorder(
             kwargs["model"],
             **self._options,
             log_to=os.path.join(folder, "attention") if self.log_to is None else self.log_to,
             tokenizer=kwargs.get("processing_class"),
+            all_ranks=args.world_size > 1,
         )
         self._recorder.check_probe()
 

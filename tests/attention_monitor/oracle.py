@@ -5,13 +5,18 @@ import math
 import numpy as np
 
 
-def head_statistics(scores: np.ndarray, allowed: np.ndarray, padded: np.ndarray) -> dict[str, float]:
+def head_statistics(
+    scores: np.ndarray, allowed: np.ndarray, padded: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray
+) -> dict[str, float]:
     """Statistics of one head.
 
     Args:
         scores: (B, Q, K) scores as the model used them, before masking.
         allowed: (B, Q, K) bool.
         padded: (B, Q) bool, rows that are padding.
+        q: (B, Q, D).
+        k: (B, K, D).
+        v: (B, K, D).
     """
     rows: dict[str, list[float]] = {name: [] for name in NAMES}
     B, Q, K = scores.shape
@@ -21,6 +26,9 @@ def head_statistics(scores: np.ndarray, allowed: np.ndarray, padded: np.ndarray)
             if padded[b, i]:
                 continue
             rows["fully_masked_rows"].append(float(len(keys) == 0))
+            rows["nonfinite_query"].append(float(not np.isfinite(q[b, i]).all()))
+            rows["nonfinite_key"].append(np.mean([not np.isfinite(key).all() for key in k[b]]))
+            rows["nonfinite_value"].append(np.mean([not np.isfinite(value).all() for value in v[b]]))
             if len(keys) == 0:
                 continue
             s = scores[b, i, keys].astype(np.float64)
@@ -38,7 +46,7 @@ def head_statistics(scores: np.ndarray, allowed: np.ndarray, padded: np.ndarray)
                 continue
             if not finite:
                 for name in NAMES:
-                    if name not in ("nonfinite_fraction", "max_score", "future_mass", "fully_masked_rows"):
+                    if "nonfinite" not in name and name not in ("max_score", "future_mass", "fully_masked_rows"):
                         rows[name].append(math.nan)
                 continue
             H = -sum(x * math.log(x) for x in p if x > 0)
@@ -74,6 +82,9 @@ NAMES = (
     "collapse_fraction",
     "max_score",
     "nonfinite_fraction",
+    "nonfinite_query",
+    "nonfinite_key",
+    "nonfinite_value",
     "effective_keys",
     "mean_distance",
     "sparsity",

@@ -15,7 +15,8 @@ from .oracle import NAMES, head_statistics
 
 
 def make_call(q, k, mask=None, is_causal=False, scale=None):
-    return AttentionCall("attn", q, k, mask, is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return AttentionCall("attn", q, k, mask, is_causal, scale, value=torch.zeros_like(k))
 
 
 def expected(call, allowed, padded=None):
@@ -28,15 +29,16 @@ def expected(call, allowed, padded=None):
     if call.mask is not None and call.mask.dtype != torch.bool:
         scores = scores + call.mask.double().numpy()
     padded = np.zeros((B, Q), bool) if padded is None else padded
-    heads = [head_statistics(scores[:, h], allowed[:, h], padded) for h in range(H)]
+    v = call.value.double().repeat_interleave(H // call.value.shape[1], 1).numpy()
+    heads = [head_statistics(scores[:, h], allowed[:, h], padded, q[:, h], k[:, h], v[:, h]) for h in range(H)]
     return {name: np.array([head[name] for head in heads]) for name in NAMES}
 
 
 def check(call, allowed, padded=None, atol=1e-5):
     found = summarize(call, NAMES)
     for name, values in expected(call, allowed, padded).items():
-        # max_score is not bounded: its rounding grows with it
-        scale = 1 if name != "max_score" else max(1, np.nanmax(np.abs(values), initial=0))
+        # rounding grows with what is counted in keys, tokens or scores
+        scale = 1 if STATISTICS[name].range.endswith("..1") else max(1, np.nanmax(np.abs(values), initial=0))
         np.testing.assert_allclose(found[name].numpy(), values, atol=atol * scale, rtol=0, err_msg=name)
 
 
@@ -78,11 +80,39 @@ def test_equals_the_oracle_on_random_masked_and_peaked_inputs(data, B, H_kv, gro
         allowed = mask.expand(B, H, Q, K).numpy()
         if kind == "float":
             mask = torch.where(mask, torch.randn(shape, generator=rng), -torch.inf)
-    original, statistics_module.BLOCK_ELEMENTS = statistics_module.BLOCK_ELEMENTS, block
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics_module, "BLOCK_ELEMENTS", block)
         check(make_call(q, k, mask, is_causal=kind == "causal"), allowed)
-    finally:
-        statistics_module.BLOCK_ELEMENTS = original
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    B=st.integers(1, 2),
+    H_kv=st.integers(1, 2),
+    group=st.integers(1, 3),
+    T=st.integers(2, 70),
+    largest=st.sampled_from([1.0, 10.0, 98.0]),
+    kind=st.sampled_from(["none", "causal", "bool"]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    block=st.sampled_from([1, 7, 64]),
+)
+def test_equals_the_oracle_for_scores_up_to_100_in_every_dtype(data, B, H_kv, group, T, largest, kind, dtype, block):
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    H = H_kv * group
+    # eighths of at most 3.5, eight of them: their products are exact in every dtype, and so are the scores
+    q, k = (torch.randint(-28, 29, (B, h, T, 8), generator=rng).div(8).to(dtype) for h in (H, H_kv))
+    q[:, :, 0], k[:, :, T // 2] = 3.5, 3.5
+    allowed, mask = np.ones((B, H, T, T), bool), None
+    if kind == "causal":
+        allowed = causal(B, H, T)
+    elif kind == "bool":
+        mask = (torch.rand(B, 1, T, T, generator=rng) < 0.5) | torch.eye(T, dtype=torch.bool)
+        allowed = mask.expand(B, H, T, T).numpy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics_module, "BLOCK_ROWS", block)
+        patch.setattr(statistics_module, "BLOCK_ELEMENTS", block * B * H * T)
+        check(make_call(q, k, mask, is_causal=kind == "causal", scale=largest / 98), allowed)
 
 
 @pytest.mark.parametrize("largest", [100.0, 1000.0])
@@ -181,6 +211,23 @@ def test_rows_with_nan_or_infinity_are_counted_and_poison_the_means(where, value
         assert found["max_score"][1].isfinite()
 
 
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_queries_keys_and_values_that_are_not_finite_are_counted_each(which, value):
+    tensors = {"query": torch.randn(2, 4, 5, 4), "key": torch.randn(2, 2, 5, 4), "value": torch.randn(2, 2, 5, 3)}
+    tensors[which][0, 1, 3, 1] = value
+    found = summarize(AttentionCall("attn", **tensors), [f"nonfinite_{name}" for name in tensors])
+    for name, values in found.items():
+        heads = {"query": [0, 0.1, 0, 0]}.get(which, [0, 0, 0.1, 0.1])  # two heads share a key
+        assert values.tolist() == pytest.approx(heads if name == f"nonfinite_{which}" else [0] * 4)
+
+
+def test_queries_and_keys_of_a_model_that_shows_its_scores_alone_are_not_known():
+    call = AttentionCall("attn", None, None, model_scores=torch.randn(1, 2, 3, 3))
+    found = summarize(call, ["nonfinite_query", "nonfinite_key", "nonfinite_value", "nonfinite_fraction"])
+    assert [values.isnan().all().item() for values in found.values()] == [True, True, True, False]
+
+
 def test_nan_in_the_first_row_is_not_overlooked():
     q = torch.randn(1, 1, 5, 4)
     q[0, 0, 0, 0] = math.nan
@@ -240,7 +287,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
 
     with Spy():
         summarize(call)
-    assert max(largest) <= 4 * statistics_module.BLOCK_ELEMENTS  # the whole matrix would be 128 times that
+    assert max(largest) <= 4 * statistics_module.BLOCK_ELEMENTS  # the whole matrix has ten times that
 
 
 def test_a_statistic_of_the_users_own_is_registered_by_the_decorator():
