@@ -1,162 +1,23 @@
 """AttentionCall -> one number per head, in blocks of query rows, never the whole Q x K.
 
-A statistic is one decorated function: it gets a ``RowBlock`` and returns one number a row, (B, H, R). The engine
-reduces rows to heads. Notation: ``s_ij`` score of query i and key j as the model used it, ``p_ij`` its softmax over j,
-``n_i`` number of keys that row i may see.
-
-Shapes: B sequences, H heads, R rows of a block, K keys that some row of the block may see.
+A statistic is one decorated function, which gives one number a row, (B, H, R): of a ``RowBlock``, where it looks at
+weights, or of ``Rows``, where the few numbers that are kept of each row are enough. The engine reduces rows to heads.
+Notation and shapes as in ``rows.py``.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import AttentionCall
 from .errors import AttentionMonitorError
+from .rows import ALWAYS, QUANTITIES, Collected, RowBlock, Rows, Workspace, spans
 
-# Scores held at a time: what is derived from a block stays in cache, and 64 rows make a matrix product worth while.
-BLOCK_ELEMENTS = 3 << 20
-BLOCK_ROWS = 64
-
-# The score of a masked key within a block: exp gives exactly 0, and 0 times it is 0, which with -inf would be NaN.
-_HIDDEN = -1e30
-
-
-class Workspace:
-    """Memory that blocks share one after the other: new memory for each costs as much as what is computed in it."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(n,), with anything in it, until the next ``take`` of the same name."""
-        found = self._buffers.get((name, dtype, device))
-        if found is None or len(found) < n:
-            found = self._buffers[name, dtype, device] = torch.empty(n, dtype=dtype, device=device)
-        return found[:n]
-
-
-class RowBlock:
-    """Query rows ``start`` to ``stop`` of a call against the keys they may see; what is shared is computed once.
-
-    Attributes:
-        allowed: bool, broadcastable to (B, H, R, K): which keys a row may see; last columns may be sinks, which are no
-            position.
-        max_score: (B, H, R) max_j s_ij.
-        query_pos: (R,) position of each row.
-        key_pos: (K - sinks,) position of each key that is one.
-    """
-
-    def __init__(self, call: AttentionCall, start: int, stop: int, workspace: Workspace | None = None) -> None:
-        self.call, self.start, self.stop = call, start, stop
-        workspace = workspace or Workspace()
-        B, H, _, K = call.shape
-        size = B * H * (stop - start) * (K + call.n_sinks), call.compute_dtype, call.device
-        scores, self.allowed = call.scores(start, stop, workspace.take("scores", *size), _HIDDEN)  # (B, H, R, K)
-        self.max_score = scores.amax(-1)
-        # differences to the largest keep their digits however large the scores are
-        shifted = scores.sub_(self.max_score[..., None])
-        self._exp = torch.exp(shifted, out=workspace.take("exp", *size)[: shifted.numel()].view(shifted.shape))
-        self._sum_exp = self._exp.sum(-1)  # (B, H, R), >= 1
-        self._sum_exp_shifted = shifted.mul_(self._exp).sum(-1)
-        rows, keys = scores.shape[2:]
-        self._first = start + call.query_offset
-        self.query_pos = torch.arange(self._first, self._first + rows, device=call.device)
-        self.key_pos = torch.arange(min(keys, call.n_positions), device=call.device)
-        padded = call.padded_queries  # broadcastable to (B, H, Q)
-        self._padded = None if padded is None else padded[..., start:stop]
-
-    @cached_property
-    def scores(self) -> Tensor:
-        """s_ij, (B, H, R, K), -inf where masked. Computed once more: not used by the statistics here."""
-        return self.call.scores(self.start, self.stop)[0]
-
-    @cached_property
-    def n_keys(self) -> Tensor:
-        """n_i, broadcastable to (B, H, R)."""
-        return self.allowed.expand(*self.allowed.shape[:-1], self._exp.shape[-1]).sum(-1)
-
-    @cached_property
-    def lse(self) -> Tensor:
-        """ln sum_j exp s_ij, (B, H, R)."""
-        return self.max_score + self._sum_exp.log()
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """p_ij, (B, H, R, K)."""
-        return self._exp / self._sum_exp[..., None]
-
-    @cached_property
-    def max_weight(self) -> Tensor:
-        """max_j p_ij, (B, H, R)."""
-        return 1 / self._sum_exp  # the largest of exp(s - max s) is 1
-
-    @cached_property
-    def entropy(self) -> Tensor:
-        """lse_i - sum_j p_ij s_ij, (B, H, R), nats; finite exactly when q, scores and p of the row are."""
-        return self._sum_exp.log() - self._sum_exp_shifted / self._sum_exp
-
-    @cached_property
-    def expected_score(self) -> Tensor:
-        """sum_j p_ij s_ij, (B, H, R)."""
-        return self.lse - self.entropy
-
-    @cached_property
-    def sum_of_squares(self) -> Tensor:
-        """sum_j p_ij^2, (B, H, R)."""
-        return (self._exp * self._exp).sum(-1) / self._sum_exp**2
-
-    @property
-    def position_weights(self) -> Tensor:
-        """p_ij of the keys that are positions, (B, H, R, positions): those of ``key_pos``."""
-        return self.weights[..., : self.key_pos.numel()]
-
-    def weight_at(self, offset: int) -> Tensor:
-        """p at key position i + offset of each row i, (B, H, R); 0 where there is no such key."""
-        ahead = self._first + offset  # of row 0: the key stands that many columns after the diagonal
-        R, n = self._exp.shape[2], self.key_pos.numel()
-        before = min(R, max(0, -ahead))
-        chosen = self._exp[..., :n].diagonal(ahead, -2, -1) / self._sum_exp[..., before : max(before, n - ahead)]
-        return F.pad(chosen, (before, R - before - chosen.shape[-1]))
-
-    def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
-        """Of q the rows with NaN or infinity, of k and v the fraction of keys; (B, H, R) or (B, H, 1)."""
-        found = self.call.nonfinite(which)  # (B, H, Q or K)
-        if which == "query":
-            return found[..., self.start : self.stop]
-        return found.mean(-1, keepdim=True)
-
-    # Which rows count, bool, broadcastable to (B, H, R); named in @statistic(rows=...)
-
-    @cached_property
-    def not_padded(self) -> Tensor:
-        """Rows that are not padding."""
-        every = torch.ones_like(self.n_keys, dtype=torch.bool)
-        return every if self._padded is None else every & ~self._padded
-
-    @cached_property
-    def visible(self) -> Tensor:
-        """Rows that see a key and are not padding."""
-        return self.not_padded & (self.n_keys >= 1)
-
-    @cached_property
-    def informative(self) -> Tensor:
-        """Visible rows that see at least two keys: with fewer, the pattern can only be 1 at one place."""
-        return self.visible & (self.n_keys >= 2)
-
-    @cached_property
-    def informative_with_previous(self) -> Tensor:
-        """Informative rows other than the first position, before which there is nothing."""
-        return self.informative & (self.query_pos >= 1)
-
-
-RowFunction = Callable[[RowBlock], Tensor]
+RowFunction = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -165,13 +26,14 @@ class Statistic:
 
     Attributes:
         name: as in tags and configs.
-        function: RowBlock -> (B, H, R), or what broadcasts to it; numbers, or bool for a fraction of rows.
+        function: RowBlock, or Rows, -> (B, H, R), or what broadcasts to it; numbers, or bool for a fraction of rows.
         unit: of the value.
         range: of the value.
         reduce: how rows become a head's value.
         rows: attribute of RowBlock that says which rows count.
         self_attention_only: compares positions of queries and keys: NaN for cross-attention, and for self-attention
             to fewer keys than there are queries.
+        needs: quantities of Rows that it reads beside those that are always there; None: it takes a RowBlock.
     """
 
     name: str
@@ -181,6 +43,7 @@ class Statistic:
     reduce: Literal["mean", "max"]
     rows: str
     self_attention_only: bool
+    needs: tuple[str, ...] | None
 
 
 STATISTICS: dict[str, Statistic] = {}
@@ -193,8 +56,13 @@ def statistic(
     reduce: Literal["mean", "max"] = "mean",
     rows: str = "informative",
     self_attention_only: bool = False,
+    needs: Sequence[str] | None = None,
 ) -> Callable[[RowFunction], RowFunction]:
-    """Register a function of a RowBlock as a statistic under its own name."""
+    """Register a function of a RowBlock as a statistic under its own name; with ``needs``, a function of Rows.
+
+    Raises:
+        AttentionMonitorError: on a range, rows or needs that cannot be, and on a name that is taken.
+    """
 
     def register(function: RowFunction) -> RowFunction:
         name = function.__name__
@@ -203,55 +71,60 @@ def statistic(
                 f"The statistic {name!r} has range={range!r}, rows={rows!r}; a range is two bounds with '..' between "
                 f"them, such as '0..1' or '0..T', and rows is 'informative', 'visible' or 'not_padded'."
             )
+        if not set(needs or ()) <= set(QUANTITIES):
+            raise AttentionMonitorError(f"The statistic {name!r} has needs={needs!r}; known are {list(QUANTITIES)}.")
         if name in STATISTICS and STATISTICS[name].function.__module__ != function.__module__:
             raise AttentionMonitorError(f"There is a statistic {name!r} already; give yours another name.")
-        STATISTICS[name] = Statistic(name, function, unit, range, reduce, rows, self_attention_only)
+        STATISTICS[name] = Statistic(
+            name, function, unit, range, reduce, rows, self_attention_only, None if needs is None else tuple(needs)
+        )
         return function
 
     return register
 
 
-@statistic(unit="nats", range="0..ln n_i")
-def entropy(block: RowBlock) -> Tensor:
+@statistic(unit="nats", range="0..ln n_i", needs=[])
+def entropy(rows: Rows) -> Tensor:
     """Shannon entropy of the row, -sum_j p ln p = lse_i - sum_j p_ij s_ij."""
-    return block.entropy
+    return rows.entropy
 
 
-@statistic(unit="1", range="0..1")
-def normalized_entropy(block: RowBlock) -> Tensor:
+@statistic(unit="1", range="0..1", needs=[])
+def normalized_entropy(rows: Rows) -> Tensor:
     """Entropy over the most it can be, ln n_i: 1 exactly when the row is uniform over the keys it may see."""
-    return block.entropy / block.n_keys.to(block.max_score.dtype).log()
+    return rows.entropy / rows.n_keys.to(rows.max_score.dtype).log()
 
 
-@statistic(unit="1", range="0..1", self_attention_only=True)
-def diagonal_mean(block: RowBlock) -> Tensor:
+@statistic(unit="1", range="0..1", self_attention_only=True, needs=["own_weight"])
+def diagonal_mean(rows: Rows) -> Tensor:
     """Weight on the token itself, p_ii."""
-    return block.weight_at(0)
+    return rows.own_weight
 
 
-@statistic(unit="1", range="0..1", rows="informative_with_previous", self_attention_only=True)
-def previous_token(block: RowBlock) -> Tensor:
+@statistic(
+    unit="1", range="0..1", rows="informative_with_previous", self_attention_only=True, needs=["previous_weight"]
+)
+def previous_token(rows: Rows) -> Tensor:
     """Weight on the token before, p_{i,i-1}."""
-    return block.weight_at(-1)
+    return rows.previous_weight
 
 
-@statistic(unit="1", range="0..1")
-def first_token(block: RowBlock) -> Tensor:
+@statistic(unit="1", range="0..1", needs=["first_weight"])
+def first_token(rows: Rows) -> Tensor:
     """Weight on the first key, p_{i,0}: the mass of an attention sink (Xiao et al. 2023; Gu et al. 2024)."""
-    return block._exp[..., 0] / block._sum_exp
+    return rows.first_weight
 
 
-@statistic(unit="keys", range="1..n_i")
-def effective_keys(block: RowBlock) -> Tensor:
+@statistic(unit="keys", range="1..n_i", needs=["sum_of_squares"])
+def effective_keys(rows: Rows) -> Tensor:
     """How many keys the weight is spread over, 1 / sum_j p_ij^2: n_i for a uniform row, 1 for a one-hot row."""
-    return 1 / block.sum_of_squares
+    return 1 / rows.sum_of_squares
 
 
-@statistic(unit="tokens", range="0..T", self_attention_only=True)
-def mean_distance(block: RowBlock) -> Tensor:
+@statistic(unit="tokens", range="0..T", self_attention_only=True, needs=["distance"])
+def mean_distance(rows: Rows) -> Tensor:
     """How far the row looks, sum_j p_ij |i - j|."""
-    distance = (block.query_pos[:, None] - block.key_pos).abs().to(block.max_score.dtype)  # (R, positions)
-    return (block.position_weights * distance).sum(-1)
+    return rows.distance
 
 
 @statistic(unit="fraction of keys", range="0..1")
@@ -270,62 +143,61 @@ def weight_std(block: RowBlock) -> Tensor:
     return ((deviation * deviation).sum(-1) / n).sqrt()
 
 
-@statistic(unit="1", range="0..1", rows="visible", self_attention_only=True)
-def future_mass(block: RowBlock) -> Tensor:
+@statistic(unit="1", range="0..1", rows="visible", self_attention_only=True, needs=["later_weight"])
+def future_mass(rows: Rows) -> Tensor:
     """Weight on later tokens, sum_j p_ij for j > i: 0 in a causal model, unless its mask leaks."""
-    later = block.position_weights.masked_fill(block.key_pos <= block.query_pos[:, None], 0).sum(-1)
-    return later + 0 * block.entropy  # NaN for a row that has one
+    return rows.later_weight + 0 * rows.entropy  # NaN for a row that has one
 
 
-@statistic(unit="fraction of rows", range="0..1", rows="not_padded")
-def fully_masked_rows(block: RowBlock) -> Tensor:
+@statistic(unit="fraction of rows", range="0..1", rows="not_padded", needs=[])
+def fully_masked_rows(rows: Rows) -> Tensor:
     """Rows that may see no key. They are in no other statistic."""
-    return block.n_keys == 0
+    return rows.n_keys == 0
 
 
-@statistic(unit="1", range="0..1")
-def max_weight(block: RowBlock) -> Tensor:
+@statistic(unit="1", range="0..1", needs=[])
+def max_weight(rows: Rows) -> Tensor:
     """Largest weight of the row, max_j p_ij; "confidence" in Voita et al. 2019."""
-    return block.max_weight
+    return rows.max_weight
 
 
-@statistic(unit="fraction of rows", range="0..1")
-def collapse_fraction(block: RowBlock, threshold: float = 0.95) -> Tensor:
+@statistic(unit="fraction of rows", range="0..1", needs=[])
+def collapse_fraction(rows: Rows, threshold: float = 0.95) -> Tensor:
     """Rows that put more than ``threshold`` of their weight on one key, max_j p_ij > 0.95."""
-    return block.max_weight > threshold
+    return rows.max_weight > threshold
 
 
-@statistic(unit="score", range="-inf..inf", reduce="max", rows="visible")
-def max_score(block: RowBlock) -> Tensor:
+@statistic(unit="score", range="-inf..inf", reduce="max", rows="visible", needs=[])
+def max_score(rows: Rows) -> Tensor:
     """Largest score, max_j s_ij, and the largest over all rows: the "max attention logit" of QK-clip and QK-norm."""
-    return block.max_score
+    return rows.max_score
 
 
-@statistic(unit="fraction of rows", range="0..1", rows="visible")
-def nonfinite_fraction(block: RowBlock) -> Tensor:
+@statistic(unit="fraction of rows", range="0..1", rows="visible", needs=[])
+def nonfinite_fraction(rows: Rows) -> Tensor:
     """Rows with NaN or infinity in q_i, in the scores (other than masked -inf) or in p.
 
     Unlike the other fractions it counts rows that see a single key too: a NaN must not hide there.
     """
-    return ~block.entropy.isfinite()
+    return ~rows.entropy.isfinite()
 
 
-@statistic(unit="fraction of rows", range="0..1", rows="not_padded")
-def nonfinite_query(block: RowBlock) -> Tensor:
+@statistic(unit="fraction of rows", range="0..1", rows="not_padded", needs=[])
+def nonfinite_query(rows: Rows) -> Tensor:
     """Rows with NaN or infinity in q_i. Not known where the model hands on nothing but its scores."""
-    return block.nonfinite("query")
+    return rows.nonfinite("query")
 
 
-@statistic(unit="fraction of keys", range="0..1", rows="not_padded")
-def nonfinite_key(block: RowBlock) -> Tensor:
+@statistic(unit="fraction of keys", range="0..1", rows="not_padded", needs=[])
+def nonfinite_key(rows: Rows) -> Tensor:
     """Keys with NaN or infinity in k_j. Not known where the model hands on nothing but its scores."""
-    return block.nonfinite("key")
+    return rows.nonfinite("key")
 
 
-@statistic(unit="fraction of keys", range="0..1", rows="not_padded")
-def nonfinite_value(block: RowBlock) -> Tensor:
+@statistic(unit="fraction of keys", range="0..1", rows="not_padded", needs=[])
+def nonfinite_value(rows: Rows) -> Tensor:
     """Keys with NaN or infinity in v_j. Not known where the model hands on nothing but its scores."""
-    return block.nonfinite("value")
+    return rows.nonfinite("value")
 
 
 # What a training run wants to see, and what costs next to nothing beside the scores themselves.
@@ -385,25 +257,34 @@ class HeadTotals:
         """Take in the rows of a call."""
         if not self.statistics:
             return
-        B, H, _, _ = call.shape
-        spans = list(_spans(call, self.max_rows))
-        Q = sum(stop - start for start, stop in spans)
-        rows = torch.zeros((len(self.statistics), B, H, Q), dtype=call.compute_dtype, device=call.device)
-        selectors = list(dict.fromkeys(stat.rows for stat in self.statistics))
-        counted = torch.zeros((len(selectors), B, H, Q), dtype=torch.bool, device=call.device)
-        end = 0
-        for start, stop in spans if 0 not in call.shape else ():
+        seen = 0 not in call.shape
+        present = [seen and (call.has_positions or not stat.self_attention_only) for stat in self.statistics]
+        shape: tuple[int, ...] = (1, call.shape[1], 1)
+        if any(present):
+            rows, of_blocks = self._rows(call, [stat for i, stat in enumerate(self.statistics) if present[i]])
+            shape = rows.max_score.shape
+        values = torch.zeros((len(present), *shape), dtype=call.compute_dtype, device=call.device)
+        counted = torch.zeros((len(present), *shape), dtype=torch.bool, device=call.device)
+        for i, stat in enumerate(self.statistics):
+            if present[i]:
+                values[i] = of_blocks[stat.name] if stat.needs is None else stat.function(rows)
+                counted[i] = getattr(rows, stat.rows)
+        self.merge(_packed(self.statistics, values, counted))
+
+    def _rows(self, call: AttentionCall, statistics: Sequence[Statistic]) -> tuple[Rows, dict[str, Tensor]]:
+        """All rows that are looked at, with what the statistics need; and the values of those that take a RowBlock."""
+        needs = dict.fromkeys([*ALWAYS, *(name for stat in statistics for name in stat.needs or ())])
+        of_blocks = {stat.name: stat.function for stat in statistics if stat.needs is None}
+        blocks = list(spans(call, self.max_rows))
+        row = torch.cat([torch.arange(*span, device=call.device) for span in blocks])
+        n_keys, quantities, values = Collected(row), Collected(row), Collected(row)
+        for start, stop in blocks:
             block = RowBlock(call, start, stop, self._workspace)
-            here, end = slice(end, end + stop - start), end + stop - start
-            for i, stat in enumerate(self.statistics):
-                if call.has_positions or not stat.self_attention_only:
-                    rows[i, :, :, here] = stat.function(block)
-            for i, selector in enumerate(selectors):
-                counted[i, :, :, here] = getattr(block, selector)
-        absent = [stat.self_attention_only and not call.has_positions for stat in self.statistics]
-        counted = counted[[selectors.index(stat.rows) for stat in self.statistics]]  # as rows
-        counted[absent] = False
-        self.merge(_packed(self.statistics, rows, counted))
+            n_keys.add({"n_keys": block.n_keys})
+            quantities.add({name: getattr(block, name) for name in needs})
+            shape = block.max_score.shape
+            values.add({name: function(block).expand(shape) for name, function in of_blocks.items()})
+        return Rows(call, row, n_keys["n_keys"], quantities), values
 
     def merge(self, packed: Tensor) -> None:
         """Take in the totals of others with the same statistics."""
@@ -428,19 +309,6 @@ class HeadTotals:
         return dict(zip((stat.name for stat in self.statistics), values, strict=True))
 
 
-def _spans(call: AttentionCall, max_rows: int | None) -> Iterator[tuple[int, int]]:
-    """First row, and row after the last, of each block."""
-    Q, n = call.shape[2], rows_per_block(call)
-    if max_rows is None or max_rows >= Q:
-        yield from ((start, min(start + n, Q)) for start in range(0, Q, n))
-        return
-    n = min(n, max_rows)
-    wanted = max_rows // n
-    for i in range(wanted):
-        start = (Q - n) * (2 * i + 1) // (2 * wanted)
-        yield start, start + n
-
-
 def _packed(statistics: Sequence[Statistic], rows: Tensor, counted: Tensor) -> Tensor:
     """(2, statistics, H) totals and counts of rows and whether they count, both (statistics, B, H, Q)."""
     sums = rows.masked_fill(~counted, 0).sum((1, 3), dtype=torch.float64)
@@ -448,7 +316,7 @@ def _packed(statistics: Sequence[Statistic], rows: Tensor, counted: Tensor) -> T
     packed = torch.stack([sums, counts])
     for i, stat in enumerate(statistics):
         if stat.reduce == "max":
-            packed[0, i] = rows[i].masked_fill(~counted[i], -torch.inf).amax((0, 2)) if rows[i].numel() else -torch.inf
+            packed[0, i] = rows[i].masked_fill(~counted[i], -torch.inf).amax((0, 2))
     return packed
 
 
@@ -456,13 +324,6 @@ def _takes_maximum(statistics: Sequence[Statistic], packed: Tensor) -> Tensor:
     """Which of (2, statistics, 1) are maxima and not sums."""
     is_max = torch.tensor([stat.reduce == "max" for stat in statistics], device=packed.device)
     return torch.stack([is_max, torch.zeros_like(is_max)])[..., None]
-
-
-def rows_per_block(call: AttentionCall) -> int:
-    """As many rows as BLOCK_ELEMENTS allow; of those no more than BLOCK_ROWS, unless rows are short."""
-    B, H, _, K = call.shape
-    most = max(1, BLOCK_ELEMENTS // max(1, B * H * K))
-    return most if call.device.type != "cpu" else min(most, max(BLOCK_ROWS, most // 4))
 
 
 def summarize(call: AttentionCall, statistics: Sequence[str] = DEFAULT_STATISTICS) -> dict[str, Tensor]:

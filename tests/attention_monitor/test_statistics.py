@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_monitor import STATISTICS, AttentionCall, AttentionMonitorError, capture, statistic, summarize
-from attention_monitor import statistics as statistics_module
+from attention_monitor import rows as rows_module
 from attention_monitor.statistics import HeadTotals, resolve_statistics
 
 from .oracle import NAMES, head_statistics
@@ -81,7 +81,7 @@ def test_equals_the_oracle_on_random_masked_and_peaked_inputs(data, B, H_kv, gro
         if kind == "float":
             mask = torch.where(mask, torch.randn(shape, generator=rng), -torch.inf)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics_module, "BLOCK_ELEMENTS", block)
+        patch.setattr(rows_module, "BLOCK_ELEMENTS", block)
         check(make_call(q, k, mask, is_causal=kind == "causal"), allowed)
 
 
@@ -110,8 +110,8 @@ def test_equals_the_oracle_for_scores_up_to_100_in_every_dtype(data, B, H_kv, gr
         mask = (torch.rand(B, 1, T, T, generator=rng) < 0.5) | torch.eye(T, dtype=torch.bool)
         allowed = mask.expand(B, H, T, T).numpy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics_module, "BLOCK_ROWS", block)
-        patch.setattr(statistics_module, "BLOCK_ELEMENTS", block * B * H * T)
+        patch.setattr(rows_module, "BLOCK_ROWS", block)
+        patch.setattr(rows_module, "BLOCK_ELEMENTS", block * B * H * T)
         check(make_call(q, k, mask, is_causal=kind == "causal", scale=largest / 98), allowed)
 
 
@@ -287,7 +287,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
 
     with Spy():
         summarize(call)
-    assert max(largest) <= 4 * statistics_module.BLOCK_ELEMENTS  # the whole matrix has ten times that
+    assert max(largest) <= 4 * rows_module.BLOCK_ELEMENTS  # the whole matrix has ten times that
 
 
 def test_a_statistic_of_the_users_own_is_registered_by_the_decorator():
@@ -336,7 +336,7 @@ def test_an_unknown_statistic_is_refused_with_the_list_of_known_ones():
 
 def test_shared_quantities_of_a_block_satisfy_their_definitions():
     call = make_call(torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4), is_causal=True)
-    block = statistics_module.RowBlock(call, 0, 6)
+    block = rows_module.RowBlock(call, 0, 6)
     scores = (call.query @ call.key.transpose(-1, -2) / 2).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(block.lse, scores.logsumexp(-1))
     torch.testing.assert_close(block.weights, scores.softmax(-1))

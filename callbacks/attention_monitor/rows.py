@@ -1,0 +1,247 @@
+"""AttentionCall -> what statistics read: a few numbers for each query row, or blocks of rows with all their weights.
+
+Notation: ``s_ij`` score of query i and key j as the model used it, ``p_ij`` its softmax over j, ``n_i`` number of keys
+that row i may see. Shapes: B sequences, H heads, R rows, K keys that some of the rows may see.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .calls import AttentionCall
+from .errors import AttentionMonitorError
+
+# Scores held at a time: what is derived from a block stays in cache, and 64 rows make a matrix product worth while.
+BLOCK_ELEMENTS = 3 << 20
+BLOCK_ROWS = 64
+
+# The score of a masked key within a block: exp gives exactly 0, and 0 times it is 0, which with -inf would be NaN.
+_HIDDEN = -1e30
+
+# Numbers of a row from which statistics are made: the first three are always there, the others where one needs them.
+ALWAYS = ("max_score", "sum_exp", "sum_exp_shifted")
+QUANTITIES = (*ALWAYS, "own_weight", "previous_weight", "first_weight", "later_weight", "sum_of_squares", "distance")
+
+
+class Rows:
+    """What is known of some query rows of a call: a few numbers for each.
+
+    Attributes:
+        call: whose rows they are.
+        row: (R,) number of each row.
+        query_pos: (R,) position of each row among the keys.
+        n_keys: n_i, broadcastable to (B, H, R).
+        max_score: max_j s_ij, (B, H, R), as all that follow.
+        sum_exp: sum_j exp(s_ij - max_j s_ij), 1 or more.
+        sum_exp_shifted: sum_j exp(s_ij - max_j s_ij) (s_ij - max_j s_ij).
+        own_weight: p_ii; 0 where there is no such key.
+        previous_weight: p_{i,i-1}; 0 where there is no such key.
+        first_weight: p_{i,0}.
+        later_weight: sum_j p_ij over j > i.
+        sum_of_squares: sum_j p_ij^2.
+        distance: sum_j p_ij |i - j|.
+    """
+
+    max_score: Tensor
+    sum_exp: Tensor
+    sum_exp_shifted: Tensor
+    own_weight: Tensor
+    previous_weight: Tensor
+    first_weight: Tensor
+    later_weight: Tensor
+    sum_of_squares: Tensor
+    distance: Tensor
+
+    def __init__(self, call: AttentionCall, row: Tensor, n_keys: Tensor, quantities: dict[str, Tensor]) -> None:
+        self.call, self.row, self.n_keys = call, row, n_keys
+        self.query_pos = row + call.query_offset
+        vars(self).update(quantities)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in QUANTITIES:
+            raise AttentionMonitorError(f"A statistic reads {name!r}: say so in @statistic(needs=[{name!r}]).")
+        raise AttributeError(
+            f"{name!r} is not among the numbers of a row; a statistic that reads weights or scores leaves out needs=."
+        )
+
+    @cached_property
+    def lse(self) -> Tensor:
+        """ln sum_j exp s_ij, (B, H, R)."""
+        return self.max_score + self.sum_exp.log()
+
+    @cached_property
+    def max_weight(self) -> Tensor:
+        """max_j p_ij, (B, H, R)."""
+        return 1 / self.sum_exp  # the largest of exp(s - max s) is 1
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """lse_i - sum_j p_ij s_ij, (B, H, R), nats; finite exactly when q, scores and p of the row are."""
+        return self.sum_exp.log() - self.sum_exp_shifted / self.sum_exp
+
+    @cached_property
+    def expected_score(self) -> Tensor:
+        """sum_j p_ij s_ij, (B, H, R)."""
+        return self.lse - self.entropy
+
+    def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
+        """Of q the rows with NaN or infinity, of k and v the fraction of keys; (B, H, R) or (B, H, 1)."""
+        found = self.call.nonfinite(which)  # (B, H, Q or K)
+        return found[..., self.row] if which == "query" else found.mean(-1, keepdim=True)
+
+    # Which rows count, bool, broadcastable to (B, H, R); named in @statistic(rows=...)
+
+    @cached_property
+    def not_padded(self) -> Tensor:
+        """Rows that are not padding."""
+        padded = self.call.padded_queries  # broadcastable to (B, H, Q)
+        every = torch.ones_like(self.n_keys, dtype=torch.bool)
+        return every if padded is None else every & ~padded[..., self.row]
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Rows that see a key and are not padding."""
+        return self.not_padded & (self.n_keys >= 1)
+
+    @cached_property
+    def informative(self) -> Tensor:
+        """Visible rows that see at least two keys: with fewer, the pattern can only be 1 at one place."""
+        return self.visible & (self.n_keys >= 2)
+
+    @cached_property
+    def informative_with_previous(self) -> Tensor:
+        """Informative rows other than the first position, before which there is nothing."""
+        return self.informative & (self.query_pos >= 1)
+
+
+class Workspace:
+    """Memory that blocks share one after the other: new memory for each costs as much as what is computed in it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(n,), with anything in it, until the next ``take`` of the same name."""
+        found = self._buffers.get((name, dtype, device))
+        if found is None or len(found) < n:
+            found = self._buffers[name, dtype, device] = torch.empty(n, dtype=dtype, device=device)
+        return found[:n]
+
+
+class RowBlock(Rows):
+    """Query rows ``start`` to ``stop`` of a call against the keys they may see; what is shared is computed once.
+
+    Attributes:
+        allowed: bool, broadcastable to (B, H, R, K): which keys a row may see; last columns may be sinks, which are no
+            position.
+        key_pos: (K - sinks,) position of each key that is one.
+    """
+
+    def __init__(self, call: AttentionCall, start: int, stop: int, workspace: Workspace | None = None) -> None:
+        workspace = workspace or Workspace()
+        B, H, _, K = call.shape
+        size = B * H * (stop - start) * (K + call.n_sinks), call.compute_dtype, call.device
+        scores, self.allowed = call.scores(start, stop, workspace.take("scores", *size), _HIDDEN)  # (B, H, R, K)
+        max_score = scores.amax(-1)
+        # differences to the largest keep their digits however large the scores are
+        shifted = scores.sub_(max_score[..., None])
+        self._exp = torch.exp(shifted, out=workspace.take("exp", *size)[: shifted.numel()].view(shifted.shape))
+        sum_exp, sum_exp_shifted = self._exp.sum(-1), shifted.mul_(self._exp).sum(-1)
+        n_keys = self.allowed.expand(*self.allowed.shape[:-1], scores.shape[-1]).sum(-1)
+        always = dict(zip(ALWAYS, (max_score, sum_exp, sum_exp_shifted), strict=True))
+        super().__init__(call, torch.arange(start, stop, device=call.device), n_keys, always)
+        self._start, self._stop = start, stop
+        self.key_pos = torch.arange(min(scores.shape[-1], call.n_positions), device=call.device)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """s_ij, (B, H, R, K), -inf where masked. Computed once more: not used by the statistics here."""
+        return self.call.scores(self._start, self._stop)[0]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """p_ij, (B, H, R, K)."""
+        return self._exp / self.sum_exp[..., None]
+
+    @property
+    def position_weights(self) -> Tensor:
+        """p_ij of the keys that are positions, (B, H, R, positions): those of ``key_pos``."""
+        return self.weights[..., : self.key_pos.numel()]
+
+    def weight_at(self, offset: int) -> Tensor:
+        """p at key position i + offset of each row i, (B, H, R); 0 where there is no such key."""
+        ahead = self._start + self.call.query_offset + offset  # columns from the diagonal to the keys
+        R, n = self._exp.shape[2], self.key_pos.numel()
+        before = min(R, max(0, -ahead))
+        chosen = self._exp[..., :n].diagonal(ahead, -2, -1) / self.sum_exp[..., before : max(before, n - ahead)]
+        return F.pad(chosen, (before, R - before - chosen.shape[-1]))
+
+    @cached_property
+    def own_weight(self) -> Tensor:  # type: ignore[override]
+        return self.weight_at(0)
+
+    @cached_property
+    def previous_weight(self) -> Tensor:  # type: ignore[override]
+        return self.weight_at(-1)
+
+    @cached_property
+    def first_weight(self) -> Tensor:  # type: ignore[override]
+        return self._exp[..., 0] / self.sum_exp
+
+    @cached_property
+    def later_weight(self) -> Tensor:  # type: ignore[override]
+        return self.position_weights.masked_fill(self.key_pos <= self.query_pos[:, None], 0).sum(-1)
+
+    @cached_property
+    def sum_of_squares(self) -> Tensor:  # type: ignore[override]
+        return (self._exp * self._exp).sum(-1) / self.sum_exp**2
+
+    @cached_property
+    def distance(self) -> Tensor:  # type: ignore[override]
+        distance = (self.query_pos[:, None] - self.key_pos).abs().to(self._exp.dtype)  # (R, positions)
+        return (self.position_weights * distance).sum(-1)
+
+
+def spans(call: AttentionCall, max_rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """First row, and row after the last, of each block of a call; of ``max_rows`` rows spread over it evenly."""
+    B, H, Q, K = call.shape
+    n = max(1, BLOCK_ELEMENTS // max(1, B * H * K))
+    if call.device.type == "cpu":
+        n = min(n, max(BLOCK_ROWS, n // 4))  # more only where rows are short
+    if max_rows is None or max_rows >= Q:
+        yield from ((start, min(start + n, Q)) for start in range(0, Q, n))
+        return
+    n = min(n, max_rows)
+    wanted = max_rows // n
+    for i in range(wanted):
+        start = (Q - n) * (2 * i + 1) // (2 * wanted)
+        yield start, start + n
+
+
+class Collected(dict[str, Tensor]):
+    """Numbers of rows (..., R), block after block, in tensors for all rows.
+
+    They are made before the blocks get long: what is kept of each block would otherwise stand between the memory that
+    blocks take and free, none of which would be of use for the next, longer one.
+
+    Args:
+        row: (R,) of all blocks.
+    """
+
+    def __init__(self, row: Tensor) -> None:
+        super().__init__()
+        self._n, self._end = len(row), 0
+
+    def add(self, of_block: dict[str, Tensor]) -> None:
+        """Put the numbers of the next block in their place."""
+        n = 0
+        for name, numbers in of_block.items():
+            n = numbers.shape[-1]
+            if name not in self:
+                self[name] = numbers.new_empty((*numbers.shape[:-1], self._n))
+            self[name][..., self._end : self._end + n] = numbers
+        self._end += n
