@@ -109,12 +109,12 @@ class Rows:
 
     @cached_property
     def informative(self) -> Tensor:
-        """Visible rows that see at least two keys: with fewer, the pattern can only be 1 at one place."""
+        """Rows that see at least two keys and are not padding: with fewer, the pattern can only be 1 at one place."""
         return self.visible & (self.n_keys >= 2)
 
     @cached_property
     def informative_with_previous(self) -> Tensor:
-        """Informative rows other than the first position, before which there is nothing."""
+        """Rows that see at least two keys, are not padding and have a token before them."""
         return self.informative & (self.query_pos >= 1)
 
 

@@ -1,0 +1,33 @@
+"""That what is generated is up to date, and that what the documents name is there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from attention_monitor import STATISTICS
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_statistics_page_is_what_the_registry_says():
+    made = load(ROOT / "docs/make_statistics.py").page()
+    assert (ROOT / "docs/statistics.md").read_text(encoding="utf-8") == made, "run: python docs/make_statistics.py"
+    own = {name for name, stat in STATISTICS.items() if stat.function.__module__ == "attention_monitor.statistics"}
+    assert set(re.findall(r"^## `(\w+)`", made, re.MULTILINE)) == own
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_link_to_a_file_leads_to_one(page):
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
