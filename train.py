@@ -3,7 +3,7 @@
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +11,13 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from attention_monitor import AttentionMonitor, AttentionMonitorError, capture, score_relations, summarize
+from attention_monitor import AttentionMonitor, AttentionMonitorError, RelationProbe, capture, run_probe, summarize
 from gpt import InputError
 from gpt.data import TextDataModule
 from gpt.module import GPTModule
-from gpt.stories import write_stories
+from gpt.stories import annotated_stories
 
-HELD_OUT_STORIES, HELD_OUT_SEED = 200, 1_000_003  # a seed that the corpus does not use
+HELD_OUT_STORIES = 200
 
 
 class CLI(LightningCLI):
@@ -87,11 +87,13 @@ def relation_table(model: GPTModule, data: TextDataModule) -> Table:
     table = Table(title=f"Relations, on {HELD_OUT_STORIES} stories not trained on", title_justify="left")
     for column in ("relation", "pairs", "best head", "accuracy", "best fixed offset"):
         table.add_column(column, justify="left" if column in ("relation", "best head") else "right")
-    for score in score_relations(_annotated_patterns(model, data)):
-        layer, head = divmod(int(score.accuracy.argmax()), score.accuracy.shape[1])
-        accuracy = f"{score.accuracy.max():.2f}"
-        offset = f"{score.baseline:.2f} (-{score.offset})"
-        table.add_row(score.name, str(score.n_pairs), f"L{layer}H{head}", accuracy, offset)
+    probe = RelationProbe(annotated_stories(HELD_OUT_STORIES), max_tokens=model.hparams["block_size"])
+    snapshot = run_probe(model, probe, data.tokenizer)
+    for score in snapshot.scores:
+        accuracy = torch.stack([values[score.name] for values in snapshot.values])  # (layers, H)
+        layer, head = divmod(int(accuracy.argmax()), accuracy.shape[1])
+        offset = f"{score.baseline:.2f} ({score.offset})"
+        table.add_row(score.name, str(score.n), f"L{layer}H{head}", f"{accuracy.max():.2f}", offset)
     return table
 
 
@@ -115,17 +117,6 @@ def run(model: GPTModule, tokens: torch.Tensor) -> list:
     with torch.no_grad(), capture(model) as calls:
         model(tokens.to(model.device))
     return calls
-
-
-def _annotated_patterns(model: GPTModule, data: TextDataModule) -> Iterator[tuple[torch.Tensor, list]]:
-    for story in write_stories(HELD_OUT_STORIES, HELD_OUT_SEED):
-        ids = [i for token in story.tokens for i in data.tokenizer.encode_ordinary(token)]
-        if len(ids) != len(story.tokens):
-            continue  # a tokenizer for which words are not single tokens
-        ids = ids[: model.hparams["block_size"]]
-        pairs = [(r.query, r.key, r.name) for r in story.relations if r.query < len(ids)]
-        patterns = torch.stack([call.pattern()[0] for call in run(model, torch.tensor([ids]))])
-        yield patterns.cpu(), pairs  # (layers, H, T, T)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def captured(model: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:
 
     with Recording(model, resolve_statistics(THREE)) as recording:
         model(tokens)
-    return recording.snapshot(0, "live").values
+    return recording.snapshot(0).values
 
 
 def output_attentions(model: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:

@@ -8,6 +8,7 @@ the two, so that no fixed offset solves a relation. Draw one with ``python -m gp
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 NAMES = ("Tom", "Anna", "Ben", "Clara", "Sam", "Lucy", "Max", "Emma")
 OBJECTS = ("coin", "lamp", "book", "cup", "map", "hat", "ring", "knife", "letter", "box")
@@ -175,6 +176,20 @@ def write_stories(n: int, seed: int) -> Iterator[Story]:
     """``n`` stories; the same seed gives the same stories on every machine."""
     rng = random.Random(seed)
     return (write_story(rng) for _ in range(n))
+
+
+# (text, [((first character, character after the last) of the query, the same of the key, name of the relation)])
+AnnotatedText = tuple[str, list[tuple[tuple[int, int], tuple[int, int], str]]]
+
+
+def annotated_stories(n: int = 40, seed: int = 1_000_003) -> list[AnnotatedText]:
+    """Stories that the corpus does not have, with the characters of each relation's query and key."""
+    annotated: list[AnnotatedText] = []
+    for story in write_stories(n, seed):
+        ends = list(accumulate(len(token) for token in story.tokens))
+        spans = list(zip([0, *ends], ends, strict=False))
+        annotated.append((story.text, [(spans[r.query], spans[r.key], r.name) for r in story.relations]))
+    return annotated
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def short_probe():
         (["--data.tokenizer=word"], InputError, "tokenizer='word' is not known"),
         (["--model.n_head=3"], InputError, "n_embd=16 is not divisible by n_head=3"),
         (["--model.vocab_size=100"], InputError, r"tokenizer has \d+ tokens but the model knows only vocab_size=100"),
-        (["--model.block_size=8"], AttentionMonitorError, r"probe 'text' \(\d+ tokens\).*block_size=8"),
+        (["--model.block_size=8"], AttentionMonitorError, r"probe 'text' of shape \(1, \d+\).*block_size=8"),
         (["--ckpt_path=/nowhere.ckpt"], InputError, r"/nowhere\.ckpt does not exist"),
         (["--ckpt_path=EMPTY"], InputError, r"empty\.txt is not a checkpoint"),
         (["--model.init_from=/nowhere"], InputError, r"/nowhere has no config\.json"),

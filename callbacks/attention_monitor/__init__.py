@@ -19,11 +19,16 @@ _HOME = {
     "AttentionWarning": "recorder",
     "NoAttentionError": "capturing",
     "STATISTICS": "statistics",
-    "RowBlock": "statistics",
-    "Snapshot": "statistics",
+    "RowBlock": "rows",
+    "Rows": "rows",
+    "Snapshot": "snapshots",
+    "BatchProbe": "probes",
+    "Probe": "probes",
+    "RelationProbe": "probes",
+    "RepeatedTokensProbe": "probes",
     "TextProbe": "probes",
+    "run_probe": "recorder",
     "capture": "capturing",
-    "score_relations": "probes",
     "statistic": "statistics",
     "summarize": "statistics",
 }
@@ -34,9 +39,11 @@ if TYPE_CHECKING:
     from .capturing import NoAttentionError, capture
     from .errors import AttentionMonitorError
     from .monitor import AttentionMonitor
-    from .probes import TextProbe, score_relations
-    from .recorder import AttentionRecorder, AttentionWarning
-    from .statistics import STATISTICS, RowBlock, Snapshot, statistic, summarize
+    from .probes import BatchProbe, Probe, RelationProbe, RepeatedTokensProbe, TextProbe
+    from .recorder import AttentionRecorder, AttentionWarning, run_probe
+    from .rows import RowBlock, Rows
+    from .snapshots import Snapshot
+    from .statistics import STATISTICS, statistic, summarize
     from .trainer_callback import AttentionTrainerCallback
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .probes import TextProbe
+from .probes import Probe
 from .recorder import AttentionRecorder, check_options
-from .statistics import DEFAULT_STATISTICS, Snapshot
+from .snapshots import Snapshot
+from .statistics import DEFAULT_STATISTICS
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -75,7 +76,7 @@ class AttentionMonitor(_Callback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        probe: str | TextProbe | None = None,
+        probe: str | Probe | list[str | Probe] | None = None,
         statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
         max_tokens: int | None = None,
@@ -83,7 +84,7 @@ class AttentionMonitor(_Callback):
     ) -> None:
         options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
         self.every_n_steps: int = options["every_n_steps"]
-        self.probe: TextProbe | None = options["probe"]
+        self.probe: list[Probe] = options["probe"]
         self.statistics: list[str] = options["statistics"]
         self._options = options
         self.first: Snapshot | None = None
@@ -112,7 +113,7 @@ class AttentionMonitor(_Callback):
             tokenizer=next((t for t in tokenizers if t is not None), None),
             all_ranks=trainer.world_size > 1,
         )
-        self._recorder.check_probe(trainer.precision_plugin.forward_context())
+        self._recorder.check_probes(trainer.precision_plugin.forward_context())
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         try:
@@ -155,7 +156,7 @@ class AttentionMonitor(_Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """A run that was stopped early did not know its last step: draw at least the probe once more."""
         if self._recorder is not None and self._sampled_step < _step(trainer) - 1:
-            self._recorder.sample_probe(_step(trainer), trainer.precision_plugin.forward_context())
+            self._recorder.sample_probes(_step(trainer), trainer.precision_plugin.forward_context())
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         self._close()

@@ -1,66 +1,90 @@
-"""Fixed inputs whose patterns can be compared over time, and what is scored on them."""
+"""Fixed inputs whose patterns can be compared over time, and what is scored on them.
+
+A probe is what the user writes. Encoded, it is batches to call the model on, and for each of them the scores, 0..1 for
+every head, that follow from an attention call.
+"""
 
 import random
+import re
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from .calls import AttentionCall
 from .errors import AttentionMonitorError
+from .rows import spans
+from .snapshots import HeadScore
+
+# Mean weight on the first token (Gu et al. 2024); share of rows whose largest weight is at one offset (Voita et al.
+# 2019).
+POSITION_SCORES = (HeadScore("sink", 0.3, is_written=False), HeadScore("positional", 0.9, is_written=False))
+
+# No threshold has been published for these: most of a head's weight is there.
+REPEAT_SCORES = (HeadScore("induction", 0.5), HeadScore("duplicate_token", 0.5), HeadScore("previous_token", 0.5))
+
+# A head follows a relation when it beats the best fixed offset by this (Voita et al. 2019).
+ABOVE_BASELINE = 0.1
+
+ScoreFunction = Callable[[AttentionCall], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class TextProbe:
-    """A text to look at during training.
+class ProbeBatch:
+    """One call of the model.
 
     Attributes:
-        text: what the model reads.
-        tokenizer: anything with ``encode(text)`` and ``decode(ids)``: a tiktoken ``Encoding``, a Hugging Face
-            tokenizer; None: the ``tokenizer`` attribute of the datamodule or the model.
-        name: of its pictures, ``attention_maps/{name}``.
+        inputs: a tensor, or a tuple of arguments, or a dict of keyword arguments.
+        score: of a self-attention call on it: name -> (n, H), to be averaged over n and batches.
     """
 
-    text: str
-    tokenizer: Any = None
-    name: str = "text"
+    inputs: Any
+    score: ScoreFunction
 
-    def encode(self, tokenizer: Any = None) -> "TokenProbe":
-        """Token ids and a label for each, by the probe's own tokenizer or else by ``tokenizer``.
-
-        Raises:
-            AttentionMonitorError: without a tokenizer, or when the text has no tokens.
-        """
-        tokenizer = self.tokenizer or tokenizer
-        if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "decode"):
-            found = "no tokenizer was found" if tokenizer is None else f"{tokenizer!r} has no encode and decode"
-            raise AttentionMonitorError(
-                f"The probe {self.text!r} is a text but {found} to encode it: use TextProbe(text, tokenizer); or give "
-                "the datamodule or the module a `tokenizer`, AttentionRecorder `tokenizer=`, Trainer "
-                "`processing_class=`."
-            )
-        # tiktoken's plain `encode` refuses texts that contain special tokens
-        encoded = getattr(tokenizer, "encode_ordinary", tokenizer.encode)(self.text)
-        ids = [int(i) for i in getattr(encoded, "ids", encoded)]  # `tokenizers` wraps them
-        if not ids:
-            raise AttentionMonitorError(f"The probe {self.text!r} has no tokens; give a text to look at.")
-        return TokenProbe(self.name, torch.tensor([ids]), [tokenizer.decode([i]) for i in ids])
+    def run(self, model: nn.Module, device: torch.device) -> None:
+        """Call the model on it."""
+        inputs = tree_map_only(Tensor, lambda x: x.to(device), self.inputs)
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        elif isinstance(inputs, list | tuple):
+            model(*inputs)
+        else:
+            model(inputs)
 
 
 @dataclass(frozen=True)
-class TokenProbe:
-    """Token ids (1, T), int64, that the model is called on, and a label for each position."""
+class EncodedProbe:
+    """A probe that is ready to be run.
+
+    Attributes:
+        name: of the source of its snapshots.
+        batches: that the model is called on.
+        scores: what its batches score, in order.
+        labels: of the positions of the first batch's first sequence, where they are known.
+        is_drawn: its maps are worth a picture.
+        with_statistics: the statistics that are taken of training are taken of it too.
+        every: sampled steps from one run to the next.
+    """
 
     name: str
-    tokens: Tensor
-    labels: list[str]
+    batches: Sequence[ProbeBatch]
+    scores: Sequence[HeadScore] = ()
+    labels: list[str] | None = None
+    is_drawn: bool = False
+    with_statistics: bool = False
+    every: int = 1
 
-    def run(self, model: nn.Module) -> None:
-        """Call the model on the probe, leaving no trace in it.
+    def run(self, model: nn.Module, watch: Callable[[ProbeBatch], None] | None = None) -> None:
+        """Call the model on every batch (``watch`` is told of each before), leaving no trace in it.
 
         Raises:
             AttentionMonitorError: when the model does not take the probe.
@@ -68,14 +92,366 @@ class TokenProbe:
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         with undisturbed(model):
-            try:
-                model(self.tokens.to(device))
-            except Exception as error:
-                raise AttentionMonitorError(
-                    f"The probe {self.name!r} ({self.tokens.shape[1]} tokens) could not be run through "
-                    f"{type(model).__name__}: {type(error).__name__}: {error}. A probe is run by model(token_ids); "
-                    "leave it out where that makes no sense."
-                ) from error
+            for batch in self.batches:
+                if watch is not None:
+                    watch(batch)
+                try:
+                    batch.run(model, device)
+                except Exception as error:
+                    shape = f" of shape {tuple(batch.inputs.shape)}" if isinstance(batch.inputs, Tensor) else ""
+                    reason = f"{type(error).__name__}: {error}".rstrip(".")
+                    raise AttentionMonitorError(
+                        f"The probe {self.name!r}{shape} could not be run through {type(model).__name__}: "
+                        f"{reason}. A text is run by model(token_ids), in evaluation mode; "
+                        "leave the probe out where that makes no sense, or make it shorter where it is too long."
+                    ) from error
+
+
+class Probe(ABC):
+    """A fixed input that is run through the model at every sampled step.
+
+    Attributes:
+        name: of its tags: letters, digits, underscores.
+        every: sampled steps from one run to the next; the last step has one too.
+    """
+
+    name: str
+    every: int
+
+    @abstractmethod
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        """Ready to be run.
+
+        Args:
+            tokenizer: of the datamodule or the model; a probe's own comes first.
+
+        Raises:
+            AttentionMonitorError: when it cannot be encoded.
+        """
+
+
+@dataclass(frozen=True)
+class TextProbe(Probe):
+    """A text to look at: its maps are drawn with its tokens, and heads are scored by position.
+
+    Scores: ``sink``, mean weight on the first token (Gu et al. 2024); ``positional``, largest share of rows whose
+    largest weight is at one offset (Voita et al. 2019).
+
+    Attributes:
+        text: what the model reads.
+        tokenizer: anything with ``encode(text)`` and ``decode(ids)``: a tiktoken ``Encoding``, a Hugging Face
+            tokenizer; None: the ``tokenizer`` attribute of the datamodule or the model.
+        name: of its pictures, ``attention_maps/{name}``.
+        every: sampled steps from one run to the next.
+    """
+
+    text: str
+    tokenizer: Any = None
+    name: str = "text"
+    every: int = 1
+
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        tokenizer = _checked(self.tokenizer or tokenizer, f"{self.text!r} is a text", "TextProbe(text, tokenizer)")
+        ids = _token_ids(tokenizer, self.text)
+        labels = [tokenizer.decode([i]) for i in ids]
+        batch = ProbeBatch(torch.tensor([ids]), position_scores)
+        return EncodedProbe(self.name, [batch], POSITION_SCORES, labels, is_drawn=True, every=self.every)
+
+
+@dataclass(frozen=True)
+class BatchProbe(Probe):
+    """A batch of your own: images, other modalities, encoder and decoder inputs, a validation batch.
+
+    The monitor's statistics are taken of it, its first sequence is drawn, and heads are scored as by ``TextProbe``.
+
+    Attributes:
+        batch: a tensor for ``model(batch)``, a tuple for ``model(*batch)``, a dict for ``model(**batch)``.
+        name: of its tags.
+        every: sampled steps from one run to the next.
+    """
+
+    batch: Any
+    name: str = "batch"
+    every: int = 1
+
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        if not isinstance(self.batch, Tensor | list | tuple | Mapping):
+            raise AttentionMonitorError(
+                f"The batch of the probe {self.name!r} must be a tensor, a tuple of arguments or a dict of them, got "
+                f"{type(self.batch).__name__}."
+            )
+        batch = ProbeBatch(self.batch, position_scores)
+        return EncodedProbe(self.name, [batch], POSITION_SCORES, is_drawn=True, with_statistics=True, every=self.every)
+
+
+@dataclass(frozen=True)
+class RepeatedTokensProbe(Probe):
+    """Random tokens, repeated: what follows can only be known from what followed the first time (Olsson et al. 2022).
+
+    A beginning-of-sequence token, then ``n_tokens`` random tokens ``n_repeats`` times. Scores, mean weights over rows
+    and draws: ``induction``, from a token in a later repeat to the one that followed its earlier occurrence;
+    ``duplicate_token``, to that occurrence; ``previous_token``, to the token before.
+
+    Attributes:
+        vocab_size: tokens are drawn below it; None: as many as the tokenizer has.
+        n_tokens: that are repeated.
+        n_repeats: including the first.
+        n_draws: sequences.
+        bos: beginning-of-sequence token; None: the tokenizer's, or a random one.
+        seed: of the draws.
+        name: of its tags.
+        every: sampled steps from one run to the next.
+    """
+
+    vocab_size: int | None = None
+    n_tokens: int = 25
+    n_repeats: int = 4
+    n_draws: int = 4
+    bos: int | None = None
+    seed: int = 0
+    name: str = "repeated"
+    every: int = 1
+
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        size = self.vocab_size or _vocab_size(tokenizer)
+        if size is None:
+            raise AttentionMonitorError(
+                f"The probe {self.name!r} draws random tokens and no tokenizer says how many there are: give "
+                "RepeatedTokensProbe(vocab_size=...)."
+            )
+        if self.n_tokens < 2 or self.n_repeats < 2 or self.n_draws < 1 or size < 2:
+            raise AttentionMonitorError(
+                f"The probe {self.name!r} needs vocab_size, n_tokens and n_repeats of 2 or more and n_draws of 1 or "
+                f"more, got {size}, {self.n_tokens}, {self.n_repeats} and {self.n_draws}."
+            )
+        bos = getattr(tokenizer, "bos_token_id", None) if self.bos is None else self.bos
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = []
+        for _ in range(self.n_draws):
+            first = torch.randint(size, (1,), generator=generator) if bos is None else torch.tensor([bos])
+            if size > 2 * self.n_tokens:  # no token twice in a block: where to look is then one place
+                block = torch.randperm(size, generator=generator)[: self.n_tokens]
+            else:
+                block = torch.randint(size, (self.n_tokens,), generator=generator)
+            rows.append(torch.cat([first, block.repeat(self.n_repeats)]))
+        tokens = torch.stack(rows)
+        batch = ProbeBatch(tokens, partial(repeat_scores, n_tokens=self.n_tokens, shape=(len(rows), tokens.shape[1])))
+        return EncodedProbe(self.name, [batch], REPEAT_SCORES, every=self.every)
+
+
+# a pair of a relation: query, key, name; both a position, or a span of characters, or a word that occurs once
+Pair = tuple[Any, Any, str]
+Example = tuple[str | Sequence[int], Sequence[Pair]]
+
+
+@dataclass(frozen=True)
+class RelationProbe(Probe):
+    """Texts in which it is known which earlier token a token has to look at (Clark et al. 2019, Voita et al. 2019).
+
+    Scores, one for each relation: the share of its pairs for which a head's largest weight, among earlier tokens, is on
+    the key. A head has the role when it beats the best fixed offset by 0.1.
+
+    Example:
+        >>> RelationProbe([("The cat sat on the mat. It purred.", [("It", "cat", "pronoun")])])
+
+    Attributes:
+        examples: texts with pairs (query, key, relation), or a function that returns them. In a text, query and key
+            are words that occur in it once, or spans of characters (start, stop); of token ids, positions.
+        tokenizer: as for ``TextProbe``; one that keeps every character of the text.
+        max_tokens: texts are cut there; None: never.
+        name: of its tags.
+        every: sampled steps from one run to the next.
+    """
+
+    examples: Sequence[Example] | Callable[[], Sequence[Example]]
+    tokenizer: Any = None
+    max_tokens: int | None = None
+    name: str = "relation"
+    every: int = 1
+
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        tokenizer = self.tokenizer or tokenizer
+        by_length: defaultdict[int, list[tuple[list[int], list[_Pair]]]] = defaultdict(list)
+        counts: defaultdict[str, Counter[int]] = defaultdict(Counter)  # relation -> offset -> pairs
+        totals: Counter[str] = Counter()
+        for text, given in self.examples() if callable(self.examples) else self.examples:
+            ids, pairs = _encode_example(text, given, tokenizer)
+            ids = ids[: self.max_tokens]
+            pairs = [pair for pair in pairs if pair.query < len(ids)]
+            by_length[len(ids)].append((ids, pairs))
+            for pair in pairs:
+                totals[pair.relation] += 1
+                counts[pair.relation].update(key - pair.query for key in pair.keys)
+        if not totals:
+            raise AttentionMonitorError(f"The probe {self.name!r} has no pairs; give (text, [(query, key, relation)]).")
+        batches = [
+            ProbeBatch(
+                torch.tensor([ids for ids, _ in texts]),
+                partial(
+                    relation_scores,
+                    pairs=[(b, pair) for b, (_, pairs) in enumerate(texts) for pair in pairs],
+                    shape=(len(texts), length),
+                ),
+            )
+            for length, texts in by_length.items()
+        ]
+        scores = []
+        for name, n in totals.items():
+            offset, most = counts[name].most_common(1)[0]
+            scores.append(HeadScore(name, most / n + ABOVE_BASELINE, n, most / n, offset))
+        return EncodedProbe(self.name, batches, scores, every=self.every)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    query: int
+    keys: range
+    relation: str
+
+
+def _encode_example(text: str | Sequence[int], given: Sequence[Pair], tokenizer: Any) -> tuple[list[int], list[_Pair]]:
+    """Token ids, and the pairs as positions."""
+    if isinstance(text, str):
+        tokenizer = _checked(tokenizer, "has texts", "RelationProbe(examples, tokenizer)")
+        ids, where = _token_spans(tokenizer, text)
+    else:
+        ids, where = [int(i) for i in text], None
+    pairs = []
+    for query, key, relation in given:
+        query_tokens, key_tokens = (_positions(place, text, where, len(ids)) for place in (query, key))
+        if not 0 <= key_tokens[0] <= key_tokens[-1] < query_tokens[-1] < len(ids):
+            raise AttentionMonitorError(
+                f"Relation {relation!r} has query={query!r}, key={key!r} in a text of {len(ids)} tokens; the key must "
+                "come before the query and both lie in the text."
+            )
+        pairs.append(_Pair(query_tokens[-1], key_tokens, relation))
+    return ids, pairs
+
+
+def _positions(place: Any, text: str | Sequence[int], where: list[tuple[int, int]] | None, n: int) -> range:
+    """Tokens of a word, a span of characters, or a position."""
+    if where is None:
+        if not isinstance(place, int):
+            raise AttentionMonitorError(f"In token ids a query or key is a position, got {place!r}.")
+        return range(place, place + 1)
+    assert isinstance(text, str)
+    if isinstance(place, str):
+        found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(place)}(?!\w)", text)]
+        if len(found) != 1:
+            raise AttentionMonitorError(
+                f"The word {place!r} occurs {len(found)} times in {text!r}; give (start, stop) of its characters."
+            )
+        place = found[0]
+    start, stop = place
+    tokens = [i for i, (first, last) in enumerate(where) if first < stop and last > start]
+    if not tokens:
+        raise AttentionMonitorError(f"There is no token at characters {place!r} of {text!r}.")
+    return range(tokens[0], tokens[-1] + 1)
+
+
+def _token_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids, and the characters of each; special tokens have none."""
+    if getattr(tokenizer, "is_fast", False):  # of transformers
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    ids = _token_ids(tokenizer, text)
+    ends = [0, *(len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids)))]
+    if tokenizer.decode(ids) != text:
+        raise AttentionMonitorError(
+            f"The tokenizer makes {tokenizer.decode(ids)!r} of {text!r}, so words cannot be found in its tokens; give "
+            "token ids and positions."
+        )
+    return ids, list(pairwise(ends))
+
+
+def _checked(tokenizer: Any, what: str, instead: str) -> Any:
+    """The tokenizer, if it is one."""
+    if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "decode"):
+        found = "no tokenizer was found" if tokenizer is None else f"{tokenizer!r} has no encode and decode"
+        raise AttentionMonitorError(
+            f"The probe {what} but {found} to encode it: use {instead}; or give the datamodule or the module a "
+            "`tokenizer`, AttentionRecorder `tokenizer=`, Trainer `processing_class=`."
+        )
+    return tokenizer
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    # tiktoken's plain `encode` refuses texts that contain special tokens
+    encoded = getattr(tokenizer, "encode_ordinary", tokenizer.encode)(text)
+    ids = [int(i) for i in getattr(encoded, "ids", encoded)]  # `tokenizers` wraps them
+    if not ids:
+        raise AttentionMonitorError(f"The probe {text!r} has no tokens; give a text to look at.")
+    return ids
+
+
+def _vocab_size(tokenizer: Any) -> int | None:
+    """tiktoken, transformers, tokenizers."""
+    for name in ("n_vocab", "vocab_size", "get_vocab_size"):
+        size = getattr(tokenizer, name, None)
+        size = size() if callable(size) else size
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def position_scores(call: AttentionCall) -> dict[str, Tensor]:
+    """``sink`` (B, H) and ``positional`` (1, H)."""
+    B, H, Q, _ = call.shape
+    K = call.n_positions
+    on_first = torch.zeros((B, H), dtype=torch.float64, device=call.device)
+    offsets = torch.zeros((H, 2 * K), dtype=torch.float64, device=call.device)  # rows by key - query + K
+    padded = call.padded_queries
+    real = torch.ones((B, H, Q), dtype=torch.bool, device=call.device)
+    real = real if padded is None else real & ~padded
+    for start, stop in spans(call):
+        pattern = call.pattern(start, stop)[..., :K]  # (B, H, R, K)
+        on_first += pattern[..., 0].masked_fill(~real[..., start:stop], 0).sum(-1)
+        # a row that sees one key alone looks nowhere else
+        counts = (real[..., start:stop] & ((pattern > 0).sum(-1) > 1)).double()
+        row = torch.arange(start, stop, device=call.device) + call.query_offset
+        offset = pattern.argmax(-1) - row + K  # (B, H, R)
+        offsets.scatter_add_(1, offset.transpose(0, 1).flatten(1), counts.transpose(0, 1).flatten(1))
+    sink = on_first / real.sum(-1)
+    return {"sink": sink, "positional": (offsets.amax(-1) / offsets.sum(-1))[None]}
+
+
+def _is_of(call: AttentionCall, shape: tuple[int, ...]) -> bool:
+    """Whether a call's positions are those of tokens (B, T): a model may pool them, or put others before."""
+    B, T = shape
+    return call.shape[0] == B and call.shape[2:] == (T, T)
+
+
+def repeat_scores(call: AttentionCall, n_tokens: int, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Mean weights (B, H) at the offsets of repeated tokens, the first of which is no part of the repeats."""
+    if not _is_of(call, shape):
+        return {}
+    pattern = call.pattern()  # (B, H, T, T)
+    starts = {"induction": (n_tokens - 1, n_tokens + 1), "duplicate_token": (n_tokens, n_tokens + 1)}
+    scores = {}
+    for name, (back, first_row) in {**starts, "previous_token": (1, 1)}.items():
+        # entry t of the diagonal stands in row t + back
+        scores[name] = pattern.diagonal(-back, -2, -1)[..., first_row - back :].mean(-1)
+    return scores
+
+
+def relation_scores(
+    call: AttentionCall, pairs: Sequence[tuple[int, _Pair]], shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """relation -> (pairs, H): 1 where the largest weight among earlier tokens is on the key."""
+    if not pairs or not _is_of(call, shape):
+        return {}
+    pattern = call.pattern()  # (B, H, T, T)
+    texts, queries = [text for text, _ in pairs], torch.tensor([pair.query for _, pair in pairs], device=call.device)
+    rows = pattern[texts, :, queries]  # (pairs, H, T)
+    later = torch.arange(rows.shape[-1], device=call.device) >= queries[:, None]
+    found = rows.masked_fill(later[:, None], -1).argmax(-1)  # (pairs, H)
+    first = torch.tensor([pair.keys.start for _, pair in pairs], device=call.device)[:, None]
+    stop = torch.tensor([pair.keys.stop for _, pair in pairs], device=call.device)[:, None]
+    hits = ((found >= first) & (found < stop)).double()
+    relations = [pair.relation for _, pair in pairs]
+    return {
+        name: hits[[i for i, relation in enumerate(relations) if relation == name]] for name in dict.fromkeys(relations)
+    }
 
 
 @contextmanager
@@ -102,51 +478,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
             if buffer is not None and saved is not None and buffer._version != saved[0]:
                 buffer.copy_(saved[1])
-
-
-@dataclass(frozen=True)
-class RelationScore:
-    """How well heads follow one relation.
-
-    Attributes:
-        name: of the relation.
-        n_pairs: how many (query, key) pairs were scored.
-        accuracy: (layers, H) share of pairs whose largest weight, over earlier tokens, is on the key.
-        baseline: share of pairs that the best fixed offset gets right (Clark et al. 2019).
-        offset: that offset, query position - key position.
-    """
-
-    name: str
-    n_pairs: int
-    accuracy: Tensor
-    baseline: float
-    offset: int
-
-
-def score_relations(examples: Iterable[tuple[Tensor, Sequence[tuple[int, int, str]]]]) -> list[RelationScore]:
-    """Score every head on token pairs whose relation is known (Clark et al. 2019, Voita et al. 2019).
-
-    Args:
-        examples: for each text the patterns of all heads, (layers, H, T, T), and its pairs (query position, key
-            position, relation name); the key comes before the query.
-
-    Returns:
-        One score per relation, in order of appearance.
-    """
-    hits: dict[str, Tensor] = {}
-    offsets: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    for patterns, pairs in examples:
-        for query, key, name in pairs:
-            if not 0 <= key < query < patterns.shape[-1]:
-                raise AttentionMonitorError(
-                    f"Relation {name!r} has query={query}, key={key} in a text of {patterns.shape[-1]} tokens; "
-                    f"the key must come before the query and both lie in the text."
-                )
-            hit = (patterns[:, :, query, :query].argmax(-1) == key).double()  # (layers, H)
-            hits[name] = hit + hits.get(name, 0)
-            offsets[name][query - key] += 1
-    scores = []
-    for name, counts in offsets.items():
-        offset, most = counts.most_common(1)[0]
-        scores.append(RelationScore(name, counts.total(), hits[name] / counts.total(), most / counts.total(), offset))
-    return scores

@@ -1,9 +1,11 @@
 """What a sampled step does, for any training loop: probe, live statistics, diagnosis, writing."""
 
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 
 from .calls import AttentionCall
 from .capturing import Capture, NoAttentionError, captures_paused, layer_labels, stacks
-from .diagnosis import Diagnosis
+from .diagnosis import Diagnosis, HeadRoles
 from .errors import AttentionMonitorError
-from .probes import TextProbe, TokenProbe
-from .statistics import DEFAULT_STATISTICS, HeadTotals, Snapshot, Statistic, Workspace, resolve_statistics
+from .probes import EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
+from .rows import Workspace
+from .snapshots import HeadScore, Snapshot
+from .statistics import DEFAULT_STATISTICS, HeadTotals, Statistic, resolve_statistics
 from .writers import Writer, sinks_for
 
 MAX_MAP_SIZE = 96  # positions in a picture; longer patterns are pooled
@@ -34,12 +38,25 @@ class Site:
     Attributes:
         totals: its statistics.
         is_cross: whether it is cross-attention.
+        n_heads: H.
         pattern: (H, Q, K) of one sequence, possibly pooled, where it was asked for.
+        scores: of a probe, name -> (n, H) for each of its batches.
     """
 
     totals: HeadTotals
     is_cross: bool
+    n_heads: int = 0
     pattern: Tensor | None = None
+    scores: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+    def values(self, scores: Sequence[HeadScore]) -> dict[str, Tensor]:
+        """Statistics and means of scores, name -> (H,), float32 on the CPU; NaN where there are none."""
+        values = self.totals.values()
+        for score in scores:
+            found = self.scores[score.name]
+            mean = torch.cat(found).mean(0).float().cpu() if found else torch.full((self.n_heads,), torch.nan)
+            values[score.name] = mean
+        return values
 
 
 class Recording:
@@ -53,7 +70,12 @@ class Recording:
         with_patterns: keep the pattern of each site's first sequence too.
         sites: patterns for the module paths to look at; None: all.
         told: module paths that have been warned about.
+
+    Attributes:
+        score: of a self-attention call, name -> (n, H); None: nothing is scored.
     """
+
+    score: ScoreFunction | None = None
 
     def __init__(
         self,
@@ -66,7 +88,7 @@ class Recording:
         sites: Sequence[str] | None = None,
         told: set[str] | None = None,
     ) -> None:
-        self.statistics, self.with_patterns = statistics, with_patterns
+        self.model, self.statistics, self.with_patterns = model, statistics, with_patterns
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self._capture = Capture(model, self._on_call, sites, set() if told is None else told)
         self._workspace = Workspace()
@@ -87,11 +109,13 @@ class Recording:
             n = min(n, max(1, self.max_tokens // max(1, Q)))
         call = call.first(n)
         site = self._seen.get(call.site) or Site(
-            HeadTotals(self.statistics, self.max_tokens, self._workspace), not call.is_self_attention
+            HeadTotals(self.statistics, self.max_tokens, self._workspace), not call.is_self_attention, call.shape[1]
         )
         if self.with_patterns and site.pattern is None:
             site.pattern = picture(call.first(1))[0].cpu()
             self._pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
+        for name, values in self.score(call).items() if self.score and call.has_positions else ():
+            site.scores[name].append(values)
         site.totals.add(call)
         self._seen[call.site] = site  # a call that cannot be read leaves nothing
 
@@ -127,23 +151,25 @@ class Recording:
             merged[name].pattern = site.pattern
         return merged
 
-    def snapshot(self, step: int, source: str, tokens: list[str] | None = None, all_ranks: bool = False) -> Snapshot:
-        """What has been seen; sites in order of execution, but those of a stack together."""
+    def snapshot(self, step: int, probe: EncodedProbe | None = None, all_ranks: bool = False) -> Snapshot:
+        """What has been seen, of the probe or else live; sites in order of execution, but those of a stack together."""
         seen = self.result_of_all_ranks() if all_ranks else self.result()
         found = stacks(list(seen), [site.is_cross for site in seen.values()])
         names = dict(zip(seen, found, strict=True))
         sites = sorted(seen, key=lambda site: found.index(names[site]))
+        scores = probe.scores if probe else ()
         patterns = [pattern for site in sites if (pattern := seen[site].pattern) is not None]
         return Snapshot(
             step=step,
-            source=source,
+            source=probe.name if probe else "live",
             labels=layer_labels(sites),
             sites=sites,
-            values=[seen[site].totals.values() for site in sites],
+            values=[seen[site].values(scores) for site in sites],
             patterns=patterns if len(patterns) == len(sites) else [],  # other ranks may have seen more
-            tokens=None if self._pooled else tokens,
+            tokens=probe.labels if probe and not self._pooled else None,
             stacks=[names[site] for site in sites],
             is_cross=[seen[site].is_cross for site in sites],
+            scores=scores,
         )
 
 
@@ -163,7 +189,7 @@ def picture(call: AttentionCall) -> Tensor:
 
 def check_options(
     every_n_steps: int,
-    probe: str | TextProbe | None,
+    probe: str | Probe | Sequence[str | Probe] | None,
     statistics: Sequence[str],
     max_sequences: int,
     max_tokens: int | None,
@@ -178,8 +204,22 @@ def check_options(
     for name, value in (whole if max_tokens is None else whole | {"max_tokens": max_tokens}).items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise AttentionMonitorError(f"{name} must be at least 1, got {value!r}; give a whole number.")
-    if not isinstance(probe, str | TextProbe | None):
-        raise AttentionMonitorError(f"The probe must be a text or a TextProbe, got {probe!r}.")
+    probes = [] if probe is None else list(probe) if isinstance(probe, list | tuple) else [probe]
+    checked: list[Probe] = []
+    for one in probes:
+        one = TextProbe(one) if isinstance(one, str) else one
+        if not isinstance(one, Probe):
+            raise AttentionMonitorError(f"A probe must be a text or a Probe such as TextProbe, got {one!r}.")
+        checked.append(one)
+        if not isinstance(one.every, int) or one.every < 1:
+            raise AttentionMonitorError(f"every= of the probe {one.name!r} must be 1 or more, got {one.every!r}.")
+        if not re.fullmatch(r"\w+", one.name) or one.name == "live":
+            raise AttentionMonitorError(
+                f"A probe's name is of letters, digits and underscores, and not 'live', got {one.name!r}."
+            )
+    names = [one.name for one in checked]
+    if len(set(names)) < len(names):
+        raise AttentionMonitorError(f"Each probe needs a name of its own, got {names}; give name=.")
     patterns = [sites] if isinstance(sites, str) else sites
     if patterns is not None and not (
         isinstance(patterns, list | tuple) and patterns and all(isinstance(p, str) and p for p in patterns)
@@ -189,12 +229,49 @@ def check_options(
         )
     return {
         "every_n_steps": every_n_steps,
-        "probe": TextProbe(probe) if isinstance(probe, str) else probe,
+        "probe": checked,
         "statistics": [stat.name for stat in resolve_statistics(statistics)],
         "max_sequences": max_sequences,
         "max_tokens": max_tokens,
         "sites": None if patterns is None else list(patterns),
     }
+
+
+def run_probe(
+    model: nn.Module,
+    probe: str | Probe,
+    tokenizer: Any = None,
+    *,
+    statistics: Sequence[str] = (),
+    sites: str | Sequence[str] | None = None,
+) -> Snapshot:
+    """What the heads of a model do with a probe.
+
+    Args:
+        model: called in evaluation mode, without gradients; left as it was.
+        probe: a text, or a ``Probe``.
+        tokenizer: for a probe without one of its own.
+        statistics: names from ``STATISTICS``, taken beside the probe's scores.
+        sites: patterns for the module paths to look at; None: all.
+
+    Raises:
+        AttentionMonitorError: when the probe cannot be encoded, or the model does not take it.
+        NoAttentionError: when the model runs it without an attention call.
+    """
+    options = check_options(1, probe, statistics, 1, None, sites)
+    encoded = options["probe"][0].encode(tokenizer)
+    recording = Recording(model, resolve_statistics(statistics), sites=options["sites"], with_patterns=True)
+    return _run(recording, encoded, step=0)
+
+
+def _run(recording: Recording, probe: EncodedProbe, step: int) -> Snapshot:
+    def watch(batch: ProbeBatch) -> None:
+        recording.score = batch.score
+
+    with captures_paused(), recording:
+        probe.run(recording.model, watch)
+    recording.require_attention()
+    return recording.snapshot(step, probe)
 
 
 class AttentionRecorder:
@@ -215,8 +292,8 @@ class AttentionRecorder:
     Args:
         model: the module to watch; probes are run by calling it.
         every_n_steps: steps from one sample to the next.
-        probe: a text whose maps are drawn with its tokens, or a ``TextProbe``; without one the maps are of the batch's
-            first sequence.
+        probe: a text whose maps are drawn with its tokens, a ``Probe``, or several; without one that is drawn the maps
+            are of the batch's first sequence.
         statistics: names from ``attention_monitor.STATISTICS``, which are written.
         max_sequences: of the batch that are looked at.
         max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
@@ -229,7 +306,8 @@ class AttentionRecorder:
             which makes a recorder and goes through the same steps; rank zero writes. False: of this process alone.
 
     Attributes:
-        snapshots: the newest Snapshot of each source: ``live`` and the probe's name.
+        snapshots: the newest Snapshot of each source: ``live`` and the probes' names.
+        roles: head -> role -> step at which it took that on, of the roles that heads have now.
 
     Raises:
         AttentionMonitorError: on an option that makes no sense.
@@ -239,7 +317,7 @@ class AttentionRecorder:
         self,
         model: nn.Module,
         every_n_steps: int = 50,
-        probe: str | TextProbe | None = None,
+        probe: str | Probe | Sequence[str | Probe] | None = None,
         statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
         max_tokens: int | None = None,
@@ -256,15 +334,17 @@ class AttentionRecorder:
         self.is_rank_zero = not all_ranks or dist.get_rank() == 0
         self._extent = {name: options[name] for name in ("max_sequences", "max_tokens")}
         self.sites: list[str] | None = options["sites"]
-        self.probe: TokenProbe | None = options["probe"] and options["probe"].encode(tokenizer)
+        self.probes: list[EncodedProbe] = [probe.encode(tokenizer) for probe in options["probe"]]
         self.writer = Writer(sinks_for(log_to) if self.is_rank_zero else [], options["statistics"])
         self.diagnosis = Diagnosis()
         wanted = dict.fromkeys([*options["statistics"], *self.diagnosis.statistics])
         self._live_statistics = resolve_statistics(list(wanted))
+        self._written_statistics = resolve_statistics(options["statistics"])
         self._live: Recording | None = None
-        self._probed: Snapshot | None = None
+        self._probed: list[Snapshot] = []
+        self._roles = HeadRoles()
         self._step = self._sampled_step = -1
-        self._probe_fits = False
+        self._fitting: set[str] = set()  # probes that the model has taken
         self._told: set[str] = set()  # what has been warned about: once for all steps
         self._closed = False
         self.snapshots: dict[str, Snapshot] = {}
@@ -303,27 +383,33 @@ class AttentionRecorder:
     def __exit__(self, *exception: Any) -> None:
         self.close(complete=exception[0] is None)
 
-    def check_probe(self, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Try the probe, so that one that does not fit is refused before training.
+    @property
+    def roles(self) -> dict[str, dict[str, int]]:
+        return self._roles.since()
+
+    def check_probes(self, precision: AbstractContextManager[Any] | None = None) -> None:
+        """Try the probes, so that one that does not fit is refused before training.
 
         Raises:
             AttentionMonitorError: when the model does not take the probe.
             NoAttentionError: when the model runs it without an attention call.
         """
-        self._run_probe(0, precision)
+        for probe in self.probes:
+            self._run_probe(probe, 0, precision)
 
     def begin(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probe (under ``precision``), then watch what the model does."""
+        """Run the probes (under ``precision``), then watch what the model does."""
         self.prepare(step, precision)
         assert self._live is not None
         self._live.__enter__()
 
     def prepare(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probe, and be ready to ``watch_forward``."""
+        """Run the probes, and be ready to ``watch_forward``."""
         self.abort()  # a step that was begun and never finished
         self._step = self._sampled_step = step
-        self._probed = self._try_probe(step, precision)
-        self._live = self._recording(self._live_statistics, with_patterns=self.probe is None, **self._extent)
+        self._probed = self._try_probes(step, precision)
+        drawn = any(probe.is_drawn for probe in self.probes)
+        self._live = self._recording(self._live_statistics, with_patterns=not drawn, **self._extent)
 
     @contextmanager
     def watch_forward(self) -> Iterator[None]:
@@ -347,8 +433,8 @@ class AttentionRecorder:
         live = self._live
         assert live is not None, "begin() comes first"
         self.abort()
-        self._keep(self._probed)  # not before: drawing would compete with the step
-        snapshot = live.snapshot(self._step, "live", all_ranks=self.all_ranks)
+        self._keep_probed(self._probed)  # not before: drawing would compete with the step
+        snapshot = live.snapshot(self._step, all_ranks=self.all_ranks)
         if not snapshot.sites:
             if not self.snapshots:
                 self._miss(live)
@@ -369,15 +455,15 @@ class AttentionRecorder:
             self._live.__exit__()
             self._live = None
 
-    def sample_probe(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probe alone."""
-        self._keep(self._try_probe(step, precision))
+    def sample_probes(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
+        """Run the probes alone."""
+        self._keep_probed(self._try_probes(step, precision))
 
     def close(self, *, complete: bool = True) -> None:
-        """Have everything written; a loop that is complete ends with one more map of the probe."""
+        """Have everything written; a loop that is complete ends with the probes once more."""
         self.abort()
         if complete and not self._closed and self._step > self._sampled_step >= 0:
-            self.sample_probe(self._step + 1)
+            self.sample_probes(self._step + 1)
         self._closed = True
         self.writer.close()
 
@@ -402,27 +488,36 @@ class AttentionRecorder:
     def _recording(self, statistics: Sequence[Statistic], **options: Any) -> Recording:
         return Recording(self.model, statistics, sites=self.sites, told=self._told, **options)
 
-    def _try_probe(self, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot | None:
-        """None when the probe fails although it has fitted before: that is no reason to stop training."""
-        try:
-            return self._run_probe(step, precision)
-        except AttentionMonitorError as error:
-            if not self._probe_fits:
-                raise
-            self._warn_once(f"probe: {error}", f"AttentionMonitor at step {step}: {error}")
-            return None
+    def _try_probes(self, step: int, precision: AbstractContextManager[Any] | None) -> list[Snapshot]:
+        """Without those that fail although they have fitted before: that is no reason to stop training."""
+        snapshots = []
+        samples = step // self.every_n_steps
+        for probe in self.probes:
+            if step % self.every_n_steps == 0 and samples % probe.every != 0:  # other steps are the last one
+                continue
+            try:
+                snapshots.append(self._run_probe(probe, step, precision))
+            except AttentionMonitorError as error:
+                if probe.name not in self._fitting:
+                    raise
+                self._warn_once(f"probe: {error}", f"AttentionMonitor at step {step}: {error}")
+        return snapshots
 
-    def _run_probe(self, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot | None:
-        if self.probe is None:
-            return None
-        recording = self._recording((), with_patterns=True)
-        with precision or nullcontext(), captures_paused(), recording:
-            self.probe.run(self.model)
-        recording.require_attention()
-        self._probe_fits = True
-        return recording.snapshot(step, self.probe.name, self.probe.labels)
+    def _run_probe(self, probe: EncodedProbe, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot:
+        statistics = self._written_statistics if probe.with_statistics else ()
+        recording = self._recording(statistics, with_patterns=probe.is_drawn)
+        with precision or nullcontext():
+            snapshot = _run(recording, probe, step)
+        self._fitting.add(probe.name)
+        return snapshot
 
-    def _keep(self, snapshot: Snapshot | None) -> None:
-        if snapshot is not None:
-            self.snapshots[snapshot.source] = snapshot
-            self.writer.write(snapshot)
+    def _keep_probed(self, snapshots: Sequence[Snapshot]) -> None:
+        for snapshot in snapshots:
+            self._keep(snapshot)
+        changes = [self._roles.update(snapshot) for snapshot in snapshots]
+        if any(changes):
+            self.writer.write_text("attention_roles", self._roles.table(), snapshots[0].step)
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        self.snapshots[snapshot.source] = snapshot
+        self.writer.write(snapshot)

@@ -5,9 +5,8 @@ weights, or of ``Rows``, where the few numbers that are kept of each row are eno
 Notation and shapes as in ``rows.py``.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -373,36 +372,3 @@ def summarize(call: AttentionCall, statistics: Sequence[str] = DEFAULT_STATISTIC
     with torch.no_grad():
         totals.add(call)
     return totals.values()
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What was seen at one step from one source.
-
-    Attributes:
-        step: optimizer steps done before it.
-        source: ``live`` or the probe's name.
-        labels: one for each site, in order of execution: ``L00`` or a module path.
-        sites: module paths; those of a stack stand together.
-        values: for each site, statistic -> (H,).
-        patterns: for each site (H, Q, K) of one sequence, possibly pooled; empty if none was asked for.
-        tokens: labels of the positions, where known and not pooled.
-        stacks: for each site the stack of layers it belongs to, such as ``decoder.layers.*.self_attn``.
-        is_cross: for each site whether it is cross-attention, for which some statistics are NaN.
-    """
-
-    step: int
-    source: str
-    labels: list[str]
-    sites: list[str]
-    values: list[dict[str, Tensor]]
-    patterns: list[Tensor] = field(default_factory=list)
-    tokens: list[str] | None = None
-    stacks: list[str] = field(default_factory=list)
-    is_cross: list[bool] = field(default_factory=list)
-
-    def mean(self, statistic: str, stack: str | None = None) -> float:
-        """Mean over all heads, or those of a stack, that have a value; NaN if none has."""
-        stacks: Sequence[str | None] = self.stacks or [None] * len(self.values)
-        heads = [v[statistic] for v, of in zip(self.values, stacks, strict=True) if stack in (None, of)]
-        return float(torch.cat(heads).nanmean()) if heads else math.nan

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .probes import TextProbe
+from .probes import Probe
 from .recorder import AttentionRecorder, check_options
-from .statistics import DEFAULT_STATISTICS, Snapshot
+from .snapshots import Snapshot
+from .statistics import DEFAULT_STATISTICS
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -56,7 +57,7 @@ class AttentionTrainerCallback(TrainerCallback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        probe: str | TextProbe | None = None,
+        probe: str | Probe | list[str | Probe] | None = None,
         statistics: Sequence[str] = DEFAULT_STATISTICS,
         max_sequences: int = 4,
         max_tokens: int | None = None,
@@ -83,7 +84,7 @@ class AttentionTrainerCallback(TrainerCallback):
             tokenizer=kwargs.get("processing_class"),
             all_ranks=args.world_size > 1,
         )
-        self._recorder.check_probe()
+        self._recorder.check_probes()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

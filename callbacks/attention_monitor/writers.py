@@ -4,6 +4,8 @@
     attention_{statistic}/mean       mean over heads; of each stack of layers, where there are several, mean/{stack}
     attention_heads/{statistic}      layer x head matrix
     attention_maps/{source}          every map in one picture
+    attention_{probe}_{score}/...    what a probe scores heads by, likewise
+    attention_roles                  which heads have a role, and since when
 
 Drawing and encoding happen on one background thread; what is given to it is drawn in order, and nothing is dropped:
 a caller that is too far ahead waits.
@@ -16,6 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
 
@@ -25,7 +28,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from .diagnosis import head_name
 from .errors import AttentionMonitorError
-from .statistics import STATISTICS, Snapshot
+from .snapshots import Snapshot
+from .statistics import STATISTICS
 
 MAX_PENDING = 4  # snapshots waiting to be drawn
 
@@ -44,6 +48,8 @@ class Sink(Protocol):
     def scalars(self, values: dict[str, float], step: int) -> None: ...
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None: ...
+
+    def text(self, tag: str, markdown: str, step: int) -> None: ...
 
     def layout(self, layout: dict[str, dict[str, list[str]]]) -> None: ...
 
@@ -72,6 +78,9 @@ class TensorBoardSink:
         image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
         self._add([Summary.Value(tag=tag, image=image)], step)
 
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        self.experiment.add_text(tag, markdown, step)
+
     def _add(self, values: list[Any], step: int) -> None:
         self.experiment.file_writer.add_summary(Summary(value=values), step)
 
@@ -99,6 +108,9 @@ class LoggerSink:
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         self.logger.log_image(key=tag, images=[pixels], step=step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        pass  # each has its own idea of a text
 
     def layout(self, layout: dict[str, dict[str, list[str]]]) -> None:
         pass  # only TensorBoard has it
@@ -136,7 +148,7 @@ class Writer:
 
     Args:
         sinks: where to.
-        statistics: names of those that are written.
+        statistics: names of those that are written of the live batch; of a probe, all are.
     """
 
     def __init__(self, sinks: Sequence[Sink], statistics: Sequence[str]) -> None:
@@ -146,20 +158,30 @@ class Writer:
         self._failures: deque[str] = deque()
         self._reported: set[str] = set()
         self._figures: dict[str, tuple[Any, Any]] = {}
-        self._layout_written = False
+        self._layout: dict[str, dict[str, list[str]]] = {}
 
     def write(self, snapshot: Snapshot) -> None:
         """Write what the snapshot has: scalars and matrices of values, a mosaic of patterns."""
         if not self.sinks:
             return
-        values = scalar_values(snapshot, self.statistics)
+        columns = columns_of(snapshot, self.statistics)
+        values = scalar_values(snapshot, columns)
         for sink in self.sinks:
             if values and not sink.in_background:
                 self._attempt(sink.scalars, values, snapshot.step)
         while len(self._pending) >= MAX_PENDING:
             self._pending.popleft().result()
-        self._pending.append(self._executor.submit(self._write_in_background, snapshot, values))
+        self._pending.append(self._executor.submit(self._write_in_background, snapshot, columns, values))
         self._report()
+
+    def write_text(self, tag: str, markdown: str, step: int) -> None:
+        """Write a text, after what is waiting to be written."""
+        if self.sinks:
+            self._pending.append(self._executor.submit(self._write_text, tag, markdown, step))
+
+    def _write_text(self, tag: str, markdown: str, step: int) -> None:
+        for sink in self.sinks:
+            self._attempt(sink.text, tag, markdown, step)
 
     def flush(self) -> None:
         """Wait until everything is written; failures are warned about."""
@@ -187,21 +209,22 @@ class Writer:
                 self._reported.add(message)
                 warnings.warn(f"AttentionMonitor could not write: {message}", stacklevel=3)
 
-    def _write_in_background(self, snapshot: Snapshot, values: dict[str, float]) -> None:
+    def _write_in_background(self, snapshot: Snapshot, columns: "dict[str, Column]", values: dict[str, float]) -> None:
+        layout = self._layout | custom_scalars_layout(snapshot, columns)
         for sink in self.sinks:
             if values and sink.in_background:
                 self._attempt(sink.scalars, values, snapshot.step)
-            if values and not self._layout_written:
-                self._attempt(sink.layout, custom_scalars_layout(snapshot, self.statistics))
-        self._layout_written |= bool(values)
+            if layout != self._layout:  # the newest one counts, so that it has to have everything
+                self._attempt(sink.layout, layout)
+        self._layout = layout
         takers = [sink for sink in self.sinks if sink.takes_images]
-        for tag, pixels in ((takers and self._attempt(self._draw, snapshot)) or {}).items():
+        for tag, pixels in ((takers and self._attempt(self._draw, snapshot, columns)) or {}).items():
             for sink in takers:
                 self._attempt(sink.image, tag, pixels, snapshot.step)
         for sink in self.sinks:
             self._attempt(sink.flush)
 
-    def _draw(self, snapshot: Snapshot) -> dict[str, np.ndarray]:
+    def _draw(self, snapshot: Snapshot, columns: "dict[str, Column]") -> dict[str, np.ndarray]:
         from .plots import HeadMatrix, Mosaic
 
         images = {}
@@ -210,16 +233,15 @@ class Writer:
             tag, title = f"attention_maps/{snapshot.source}", f"attention of every head: {snapshot.source}"
             mosaic = self._figure(tag, Mosaic, [m.shape for m in maps], snapshot.labels, snapshot.tokens, title)
             images[tag] = mosaic.draw(maps)
-        for name in self.statistics if any(snapshot.values) else ():
-            stat = STATISTICS[name]
-            is_cross = snapshot.is_cross or [False] * len(snapshot.values)
-            rows = [i for i, cross in enumerate(is_cross) if not (cross and stat.self_attention_only)]
-            columns = [snapshot.values[i][name].numpy() for i in rows]
-            if not columns:
+        is_cross = snapshot.is_cross or [False] * len(snapshot.values)
+        for name, column in columns.items():
+            rows = [i for i, cross in enumerate(is_cross) if not (cross and column.self_attention_only)]
+            heads = [snapshot.values[i][column.value].numpy() for i in rows]
+            if not heads:
                 continue
             tag, labels = f"attention_heads/{name}", [snapshot.labels[i] for i in rows]
-            matrix = self._figure(tag, HeadMatrix, [len(c) for c in columns], labels, name, stat.range)
-            images[tag] = matrix.draw(columns)
+            matrix = self._figure(tag, HeadMatrix, [len(h) for h in heads], labels, name, column.range)
+            images[tag] = matrix.draw(heads)
         return images
 
     def _figure(self, tag: str, make: Callable[..., Any], *layout: Any) -> Any:
@@ -229,26 +251,59 @@ class Writer:
         return self._figures[tag][1]
 
 
-def scalar_values(snapshot: Snapshot, statistics: Sequence[str]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Column:
+    """Values that are written under one tag.
+
+    Attributes:
+        value: name in a snapshot's values.
+        range: of the values.
+        self_attention_only: there are none for cross-attention.
+    """
+
+    value: str
+    range: str
+    self_attention_only: bool
+
+
+def columns_of(snapshot: Snapshot, statistics: Sequence[str]) -> dict[str, Column]:
+    """What is written of a snapshot, by its name in tags."""
+    if not any(snapshot.values):
+        return {}
+    live = snapshot.source == "live"
+    prefix, written = ("", statistics) if live else (f"{snapshot.source}_", list(snapshot.values[0]))
+    scores = {score.name: score for score in snapshot.scores}
+    columns = {}
+    for name in written:
+        if name not in scores:
+            columns[prefix + name] = Column(name, STATISTICS[name].range, STATISTICS[name].self_attention_only)
+        elif scores[name].is_written:
+            columns[prefix + name] = Column(name, "0..1", True)
+    return columns
+
+
+def scalar_values(snapshot: Snapshot, columns: dict[str, Column]) -> dict[str, float]:
     """tag -> value of every head, the mean over heads and over those of each stack; NaN is left out."""
     tagged = {}
-    for name in statistics if any(snapshot.values) else ():
+    for name, column in columns.items():
         for label, values in zip(snapshot.labels, snapshot.values, strict=True):
-            for head, value in enumerate(values[name].tolist()):
+            for head, value in enumerate(values[column.value].tolist()):
                 tagged[f"attention_{name}/{head_name(label, head)}"] = value
-        tagged[f"attention_{name}/mean"] = snapshot.mean(name)
+        tagged[f"attention_{name}/mean"] = snapshot.mean(column.value)
         stacks = list(dict.fromkeys(snapshot.stacks))
         if len(stacks) > 1:
-            tagged |= {f"attention_{name}/mean/{stack}": snapshot.mean(name, stack) for stack in stacks}
+            tagged |= {f"attention_{name}/mean/{stack}": snapshot.mean(column.value, stack) for stack in stacks}
     return {tag: value for tag, value in tagged.items() if not math.isnan(value)}
 
 
-def custom_scalars_layout(snapshot: Snapshot, statistics: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """For TensorBoard's Custom Scalars tab: statistic -> layer -> the tags of its heads."""
+def custom_scalars_layout(snapshot: Snapshot, columns: dict[str, Column]) -> dict[str, dict[str, list[str]]]:
+    """For TensorBoard's Custom Scalars tab: name -> layer -> the tags of its heads."""
     return {
         name: {
-            label: [f"^attention_{name}/{re.escape(head_name(label, head))}$" for head in range(len(values[name]))]
+            label: [
+                f"^attention_{name}/{re.escape(head_name(label, head))}$" for head in range(len(values[column.value]))
+            ]
             for label, values in zip(snapshot.labels, snapshot.values, strict=True)
         }
-        for name in statistics
+        for name, column in columns.items()
     }

@@ -349,7 +349,7 @@ def test_a_drawing_error_is_told_and_does_not_stop_training(tmp_path, monkeypatc
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"every_n_steps": -3}, "every_n_steps must be at least 1, got -3"),
         ({"every_n_steps": 2.5}, "every_n_steps must be at least 1, got 2.5; give a whole number"),
-        ({"probe": 123}, "probe must be a text or a TextProbe, got 123"),
+        ({"probe": 123}, "probe must be a text or a Probe such as TextProbe, got 123"),
         ({"max_sequences": 0}, "max_sequences must be at least 1, got 0"),
         ({"sites": [1]}, r"sites must be patterns for module paths, such as \['decoder.\*'\], got \[1\]"),
         ({"statistics": ["entropy", "foo"]}, "Unknown statistic 'foo'; known are .*entropy"),
@@ -362,7 +362,9 @@ def test_bad_options_are_refused_when_the_monitor_is_made(options, message):
 
 def test_a_probe_longer_than_the_context_is_refused_before_training(tmp_path):
     project = Project()
-    message = re.escape("The probe 'text' (21 tokens) could not be run through Project: ValueError: at most 20 tokens")
+    message = re.escape(
+        "The probe 'text' of shape (1, 21) could not be run through Project: ValueError: at most 20 tokens"
+    )
     with pytest.raises(AttentionMonitorError, match=message):
         fit(tmp_path, AttentionMonitor(probe="x" * 21), project)
     assert project.losses == []

@@ -12,12 +12,21 @@ from attention_monitor.writers import (
     LoggerSink,
     TensorBoardSink,
     Writer,
+    columns_of,
     custom_scalars_layout,
     scalar_values,
     sinks_for,
 )
 
 STATISTICS = ("entropy", "diagonal_mean")
+
+
+def scalars(snapshot):
+    return scalar_values(snapshot, columns_of(snapshot, STATISTICS))
+
+
+def layout_of(snapshot):
+    return custom_scalars_layout(snapshot, columns_of(snapshot, ["entropy"]))
 
 
 def snapshot(step=0, labels=("L00", "L01"), **options):
@@ -45,6 +54,9 @@ class ListSink:
     def image(self, tag, pixels, step):
         self.calls.append(("image", step, tag))
 
+    def text(self, tag, markdown, step):
+        self.calls.append(("text", step, tag, markdown))
+
     def layout(self, layout):
         self.calls.append(("layout", layout))
 
@@ -53,7 +65,7 @@ class ListSink:
 
 
 def test_tags_name_statistic_layer_and_head_and_nan_is_left_out():
-    assert scalar_values(snapshot(), STATISTICS) == {
+    assert scalars(snapshot()) == {
         "attention_entropy/L00H00": 1.0,
         "attention_entropy/L00H01": 2.0,
         "attention_entropy/L01H00": 1.0,
@@ -63,7 +75,7 @@ def test_tags_name_statistic_layer_and_head_and_nan_is_left_out():
         "attention_diagonal_mean/L01H00": 0.5,
         "attention_diagonal_mean/mean": 0.5,
     }
-    assert "attention_entropy/enc.attn/H01" in scalar_values(snapshot(labels=["enc.attn"]), STATISTICS)
+    assert "attention_entropy/enc.attn/H01" in scalars(snapshot(labels=["enc.attn"]))
 
 
 def test_the_whole_list_of_what_is_written():
@@ -80,12 +92,12 @@ def test_the_whole_list_of_what_is_written():
     assert sink.calls == [
         ("image", 0, "attention_maps/text"),
         ("flush",),
-        ("scalars", 0, scalar_values(snapshot(0), STATISTICS)),
+        ("scalars", 0, scalars(snapshot(0))),
         ("layout", layout),
         ("image", 0, "attention_heads/entropy"),
         ("image", 0, "attention_heads/diagonal_mean"),
         ("flush",),
-        ("scalars", 5, scalar_values(snapshot(5), STATISTICS)),
+        ("scalars", 5, scalars(snapshot(5))),
         ("image", 5, "attention_heads/entropy"),
         ("image", 5, "attention_heads/diagonal_mean"),
         ("flush",),
@@ -192,7 +204,7 @@ def test_other_loggers_get_scalars_on_the_training_thread():
     writer = Writer([sinks_for(logger)[0]], STATISTICS)
     writer.write(snapshot(3))
     writer.close()
-    assert logger.calls == [(threading.current_thread().name, 3, scalar_values(snapshot(3), STATISTICS))]
+    assert logger.calls == [(threading.current_thread().name, 3, scalars(snapshot(3)))]
 
 
 def test_a_failing_picture_does_not_keep_scalars_from_being_written():
@@ -202,7 +214,7 @@ def test_a_failing_picture_does_not_keep_scalars_from_being_written():
     with pytest.warns(UserWarning, match="could not write"):
         writer.write(broken)
         writer.close()
-    assert ("scalars", 0, scalar_values(broken, STATISTICS)) in sink.calls
+    assert ("scalars", 0, scalars(broken)) in sink.calls
 
 
 def test_other_loggers_get_pictures_where_they_take_them():
@@ -218,9 +230,9 @@ def test_other_loggers_get_pictures_where_they_take_them():
 
 
 def test_the_layout_groups_the_heads_of_a_layer():
-    [pattern] = custom_scalars_layout(snapshot(labels=["a.b[0]"]), ["entropy"])["entropy"]["a.b[0]"][:1]
+    [pattern] = layout_of(snapshot(labels=["a.b[0]"]))["entropy"]["a.b[0]"][:1]
     assert re.search(pattern, "attention_entropy/a.b[0]/H00")
-    layout = custom_scalars_layout(snapshot(labels=["enc"]), ["entropy"])
+    layout = layout_of(snapshot(labels=["enc"]))
     assert layout == {"entropy": {"enc": ["^attention_entropy/enc/H00$", "^attention_entropy/enc/H01$"]}}
 
 
