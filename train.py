@@ -53,10 +53,19 @@ def main(args: Sequence[str] | None = None) -> CLI:
     if ckpt_path is not None and not zipfile.is_zipfile(ckpt_path):
         what = "is not a checkpoint" if Path(ckpt_path).exists() else "does not exist"
         raise InputError(f"{ckpt_path} {what}; give the path of a .ckpt file from an earlier run to --ckpt_path.")
+    if cli.datamodule.uses_stories:
+        relations = RelationProbe(annotated_stories(40), max_tokens=cli.model.hparams["block_size"], every=4)
+        for monitor in monitors(cli):
+            monitor.probe.append(relations)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     if cli.trainer.is_global_zero and not cli.trainer.interrupted:
         report(cli, Console())
     return cli
+
+
+def monitors(cli: CLI) -> list[AttentionMonitor]:
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, AttentionMonitor)]
 
 
 def report(cli: CLI, console: Console) -> None:
@@ -66,13 +75,13 @@ def report(cli: CLI, console: Console) -> None:
     validation_loss = cli.trainer.callback_metrics.get("val/loss")
     if validation_loss is not None:
         console.print(f"\nValidation loss: {validation_loss:.4f} nats per token")
-    for monitor in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(monitor, AttentionMonitor) or "normalized_entropy" not in monitor.statistics:
-            continue
-        if monitor.first and monitor.latest:
+    for monitor in monitors(cli):
+        if monitor.first and monitor.latest and "normalized_entropy" in monitor.statistics:
             before, after = (s.mean("normalized_entropy") for s in (monitor.first, monitor.latest))
             steps = f"step {monitor.first.step} to {monitor.latest.step}"
             console.print(f"Mean normalized entropy of all heads: {before:.3f} -> {after:.3f} ({steps})")
+        if monitor.roles:
+            console.print(role_table(monitor.roles))
     if cli.datamodule.uses_stories:
         console.print(relation_table(cli.model, cli.datamodule))
     console.print(head_table(cli.model, cli.datamodule))
@@ -80,6 +89,16 @@ def report(cli: CLI, console: Console) -> None:
         # TensorBoard keeps ten pictures of a kind unless told otherwise
         command = f"tensorboard --logdir {cli.trainer.log_dir} --samples_per_plugin images=100"
         console.print(f"See the heads:  {command}", soft_wrap=True)
+
+
+def role_table(roles: dict[str, dict[str, int]]) -> Table:
+    """Which heads do what, and the step at which that was first seen."""
+    table = Table(title="Roles of heads", title_justify="left")
+    for column in ("head", "roles, with the step at which each was first seen"):
+        table.add_column(column)
+    for head, taken in roles.items():
+        table.add_row(head, ", ".join(f"{role} ({step})" for role, step in taken.items()))
+    return table
 
 
 def relation_table(model: GPTModule, data: TextDataModule) -> Table:

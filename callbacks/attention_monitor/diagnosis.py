@@ -7,7 +7,7 @@ and describes one.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -160,6 +160,13 @@ class HeadRoles:
             known = roles.setdefault(head, {})
             known[role] = min(step, known.get(role, step))
         return roles
+
+    def state(self) -> list[list[Any]]:
+        """What ``load`` takes: plain lists."""
+        return [[*key, step] for key, step in self._since.items()]
+
+    def load(self, state: list[list[Any]]) -> None:
+        self._since = {(head, role, source): step for head, role, source, step in state}
 
     def table(self) -> str:
         """The same as a table in Markdown."""

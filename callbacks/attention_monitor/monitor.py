@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .diagnosis import HeadRoles
 from .probes import Probe
 from .recorder import AttentionRecorder, check_options
 from .snapshots import Snapshot
@@ -56,7 +57,7 @@ class AttentionMonitor(_Callback):
 
     Args:
         every_n_steps: optimizer steps from one sample to the next.
-        probe: a text whose maps are drawn with its tokens, or a ``TextProbe``.
+        probe: a text whose maps are drawn with its tokens, a ``Probe``, or several.
         statistics: names from ``attention_monitor.STATISTICS``.
         max_sequences: how many sequences of the batch, on each rank, the statistics are taken of.
         max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
@@ -64,8 +65,11 @@ class AttentionMonitor(_Callback):
         sites: patterns as of a shell for the module paths to look at, such as ``model.decoder.*``; None: all.
 
     Attributes:
+        probe: the probes; a list that may be added to before training.
         first: the first live Snapshot of this run.
         latest: the newest live Snapshot.
+        roles: head -> role -> step at which it took that on, of the roles that heads have; goes on in a run that is
+            resumed.
 
     Raises:
         AttentionMonitorError: on every_n_steps or max_sequences < 1, sites that are no patterns, or an unknown
@@ -90,6 +94,7 @@ class AttentionMonitor(_Callback):
         self.first: Snapshot | None = None
         self.latest: Snapshot | None = None
         self._recorder: AttentionRecorder | None = None
+        self._roles = HeadRoles()
         self._sampling = False
         self._sampled_step = -1
         self._last_step: float = math.inf
@@ -97,6 +102,22 @@ class AttentionMonitor(_Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
             self.first, self.latest = None, None
+            self._roles = HeadRoles()
+
+    @property
+    def roles(self) -> dict[str, dict[str, int]]:
+        return self._roles.since()
+
+    @property
+    def state_key(self) -> str:
+        names = [probe.name for probe in self.probe]
+        return self._generate_state_key(every_n_steps=self.every_n_steps, sites=self._options["sites"], probe=names)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"roles": self._roles.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._roles.load(state_dict["roles"])
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
@@ -108,10 +129,11 @@ class AttentionMonitor(_Callback):
             )
         self._recorder = AttentionRecorder(
             pl_module,
-            **self._options,
+            **self._options | {"probe": self.probe},
             log_to=trainer.loggers,
             tokenizer=next((t for t in tokenizers if t is not None), None),
             all_ranks=trainer.world_size > 1,
+            roles=self._roles,
         )
         self._recorder.check_probes(trainer.precision_plugin.forward_context())
 

@@ -304,6 +304,7 @@ class AttentionRecorder:
         tokenizer: for a probe without one of its own.
         all_ranks: the statistics are of the batches of all ranks of ``torch.distributed``'s process group, each of
             which makes a recorder and goes through the same steps; rank zero writes. False: of this process alone.
+        roles: that heads have had before; None: none.
 
     Attributes:
         snapshots: the newest Snapshot of each source: ``live`` and the probes' names.
@@ -326,6 +327,7 @@ class AttentionRecorder:
         log_to: Any = None,
         tokenizer: Any = None,
         all_ranks: bool = False,
+        roles: HeadRoles | None = None,
     ) -> None:
         options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
         if not isinstance(model, nn.Module):
@@ -342,7 +344,7 @@ class AttentionRecorder:
         self._written_statistics = resolve_statistics(options["statistics"])
         self._live: Recording | None = None
         self._probed: list[Snapshot] = []
-        self._roles = HeadRoles()
+        self._roles = HeadRoles() if roles is None else roles
         self._step = self._sampled_step = -1
         self._fitting: set[str] = set()  # probes that the model has taken
         self._told: set[str] = set()  # what has been warned about: once for all steps

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .diagnosis import HeadRoles
 from .probes import Probe
 from .recorder import AttentionRecorder, check_options
 from .snapshots import Snapshot
@@ -34,7 +35,7 @@ class AttentionTrainerCallback(TrainerCallback):
 
     Args:
         every_n_steps: optimizer steps from one sample to the next.
-        probe: a text whose maps are drawn with its tokens, or a ``TextProbe``; the tokenizer is the Trainer's
+        probe: a text whose maps are drawn with its tokens, a ``Probe``, or several; the tokenizer is the Trainer's
             ``processing_class``.
         statistics: names from ``attention_monitor.STATISTICS``.
         max_sequences: how many sequences of the batch, on each rank, the statistics are taken of.
@@ -47,6 +48,7 @@ class AttentionTrainerCallback(TrainerCallback):
     Attributes:
         first: the first live Snapshot of this run.
         latest: the newest live Snapshot.
+        roles: head -> role -> step at which it took that on, of the roles that heads have.
 
     Raises:
         AttentionMonitorError: on an option that makes no sense, at once; before training, on a probe that cannot be
@@ -69,13 +71,18 @@ class AttentionTrainerCallback(TrainerCallback):
         self.latest: Snapshot | None = None
         self._options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
         self._recorder: AttentionRecorder | None = None
+        self._roles = HeadRoles()
         self._sampling = ExitStack()
+
+    @property
+    def roles(self) -> dict[str, dict[str, int]]:
+        return self._roles.since()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._close(complete=False)  # of a run that failed
-        self.first, self.latest = None, None
+        self.first, self.latest, self._roles = None, None, HeadRoles()
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs")
         self._recorder = AttentionRecorder(
             kwargs["model"],
@@ -83,6 +90,7 @@ class AttentionTrainerCallback(TrainerCallback):
             log_to=os.path.join(folder, "attention") if self.log_to is None else self.log_to,
             tokenizer=kwargs.get("processing_class"),
             all_ranks=args.world_size > 1,
+            roles=self._roles,
         )
         self._recorder.check_probes()
 

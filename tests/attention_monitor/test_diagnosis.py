@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 
 from attention_monitor import STATISTICS, Snapshot
-from attention_monitor.diagnosis import DETECTORS, Diagnosis, head_name
+from attention_monitor.diagnosis import DETECTORS, Diagnosis, HeadRoles, head_name
+from attention_monitor.snapshots import HeadScore
 
 
 def snapshot(step=0, **values):
@@ -59,3 +62,49 @@ def test_heads_outside_a_plain_stack_are_named_by_their_path():
     assert head_name("L03", 5) == "L03H05"
     assert head_name("encoder.attn", 12) == "encoder.attn/H12"
     assert head_name("Llama", 0) == "Llama/H00"
+
+
+def scored(step, *values, source="text", threshold=0.5):
+    scores = [HeadScore("previous_token", threshold)]
+    return Snapshot(step, source, ["L00"], ["h.0"], [{"previous_token": torch.tensor(values)}], scores=scores)
+
+
+def test_a_head_has_a_role_since_the_step_at_which_it_reached_the_threshold():
+    roles = HeadRoles()
+    assert roles.update(scored(0, 0.1, 0.5))
+    assert not roles.update(scored(5, 0.4, 0.9))
+    assert roles.since() == {"L00H01": {"previous-token": 0}}
+    assert roles.update(scored(10, 0.6, 0.9))
+    assert roles.since() == {"L00H00": {"previous-token": 10}, "L00H01": {"previous-token": 0}}
+
+
+def test_a_head_that_falls_below_the_threshold_loses_its_role_and_may_take_it_on_again():
+    roles = HeadRoles()
+    roles.update(scored(0, 0.9))
+    assert roles.update(scored(5, 0.2))
+    assert roles.since() == {}
+    roles.update(scored(10, 0.9))
+    assert roles.since() == {"L00H00": {"previous-token": 10}}
+
+
+def test_a_value_that_is_nan_gives_no_role():
+    roles = HeadRoles()
+    assert not roles.update(scored(0, float("nan")))
+    assert roles.since() == {}
+
+
+def test_of_several_probes_that_show_a_role_the_first_counts():
+    roles = HeadRoles()
+    roles.update(scored(5, 0.9, source="a"))
+    roles.update(scored(2, 0.9, source="b"))
+    assert roles.since() == {"L00H00": {"previous-token": 2}}
+    roles.update(scored(9, 0.1, source="b"))
+    assert roles.since() == {"L00H00": {"previous-token": 5}}
+
+
+def test_roles_can_be_saved_and_shown():
+    roles, other = HeadRoles(), HeadRoles()
+    roles.update(scored(5, 0.9))
+    other.load(json.loads(json.dumps(roles.state())))
+    assert other.since() == roles.since()
+    assert other.table().splitlines()[2:] == ["| L00H00 | previous-token | 5 |"]

@@ -15,12 +15,15 @@ from attention_monitor import (
     AttentionMonitor,
     AttentionMonitorError,
     AttentionWarning,
+    BatchProbe,
     NoAttentionError,
+    RelationProbe,
+    RepeatedTokensProbe,
     TextProbe,
 )
-from attention_monitor.statistics import DEFAULT_STATISTICS
+from attention_monitor.statistics import DEFAULT_STATISTICS, HeadTotals
 
-from .project import Project, Tokenizer, installed, make_trainer
+from .project import VOCAB, Project, T, Tokenizer, installed, make_trainer
 
 
 def fit(tmp_path, monitor=None, project=None, ckpt_path=None, **options):
@@ -583,3 +586,108 @@ def test_nan_losses_of_the_model_do_not_stop_the_monitor(tmp_path):
         project = fit(tmp_path, AttentionMonitor(every_n_steps=1), Project(nan_at=2))
     assert math.isnan(project.losses[-1])
     assert len(project.losses) == 10
+
+
+def several():
+    return [
+        "hello",
+        TextProbe("hullo", name="other"),
+        RepeatedTokensProbe(VOCAB, n_tokens=4, n_repeats=3, every=2),
+        RelationProbe([([1, 2, 3], [(2, 0, "start")])]),
+        BatchProbe(torch.zeros(2, 6, dtype=torch.long)),
+    ]
+
+
+def test_several_probes_are_run_each_at_its_own_pace(tmp_path):
+    monitor = AttentionMonitor(every_n_steps=3, probe=several(), statistics=["entropy"])
+    fit(tmp_path, monitor)
+    events = read(tmp_path)
+    names = {tag.split("/")[0] for tag in events.Tags()["scalars"]} - {"loss", "epoch"}
+    assert names == {
+        "attention_entropy",
+        "attention_batch_entropy",
+        "attention_relation_start",
+        *(f"attention_repeated_{score}" for score in ("induction", "duplicate_token", "previous_token")),
+    }
+    maps = {tag for tag in events.Tags()["images"] if "maps" in tag}
+    assert maps == {"attention_maps/text", "attention_maps/other", "attention_maps/batch"}
+    assert "attention_heads/repeated_induction" in events.Tags()["images"]
+    assert [event.step for event in events.Scalars("attention_batch_entropy/mean")] == [0, 3, 6, 9]
+    # of the samples at 0, 3, 6, 9 every other one, and the last step
+    assert [event.step for event in events.Scalars("attention_repeated_induction/mean")] == [0, 6]
+    assert set(monitor.roles) <= {"L00H00", "L00H01", "L01H00", "L01H01"}
+
+
+def test_the_last_step_has_every_probe(tmp_path):
+    monitor = AttentionMonitor(every_n_steps=4, probe=RepeatedTokensProbe(VOCAB, n_tokens=4, n_repeats=3, every=9))
+    fit(tmp_path, monitor)
+    assert [event.step for event in read(tmp_path).Scalars("attention_repeated_induction/mean")] == [0, 9]
+
+
+def test_several_probes_do_not_change_training(tmp_path):
+    losses = []
+    for callbacks in ([], [AttentionMonitor(every_n_steps=2, probe=several())]):
+        project = Project()
+        make_trainer(tmp_path, callbacks).fit(project)
+        losses.append(project.losses)
+    assert losses[0] == losses[1]
+
+
+def test_roles_are_written_when_they_change_and_go_on_in_a_resumed_run(tmp_path, monkeypatch):
+    class Sharp(Project):
+        """Heads of the first layer look at the token itself, so at one offset."""
+
+        def __init__(self):
+            super().__init__()
+            for half in self.embedding.weight.data.split(4, dim=1):  # what a head sees: of length 1
+                half /= half.norm(dim=1, keepdim=True)
+            self.blocks[0].qkv.weight.data[:8] = self.blocks[0].qkv.weight.data[8:16] = 9 * torch.eye(8)
+            self.blocks[0].qkv.bias.data.zero_()
+
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    monkeypatch.setattr("attention_monitor.probes.MIN_TOKENS", 1)
+    text = "abcdefghij"
+    monitor = AttentionMonitor(every_n_steps=4, probe=text)
+    options = {"enable_checkpointing": True, "max_steps": 5}
+    make_trainer(tmp_path / "a", [monitor, checkpoint], **options).fit(Sharp())
+    assert monitor.roles["L00H00"] == monitor.roles["L00H01"] == {"positional": 0}
+    written, *_ = read(tmp_path / "a").Tensors("attention_roles/text_summary")
+    assert b"| L00H00 | positional | 0 |" in written.tensor_proto.string_val[0]
+
+    resumed = AttentionMonitor(every_n_steps=4, probe=text)
+    trainer = make_trainer(tmp_path / "b", [resumed, checkpoint], **options | {"max_steps": 9})
+    trainer.fit(Sharp(), ckpt_path=tmp_path / "ckpt/last.ckpt", weights_only=True)
+    assert resumed.roles["L00H00"] == {"positional": 0}  # it was not there at step 0
+    fit(tmp_path / "c", resumed, max_steps=1)
+    assert "L00H00" not in resumed.roles  # another run begins anew
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        (["a", "b"], r"Each probe needs a name of its own, got \['text', 'text'\]; give name=."),
+        (TextProbe("a", name="a/b"), "letters, digits and underscores, and not 'live', got 'a/b'"),
+        (TextProbe("a", name="live"), "not 'live', got 'live'"),
+        (TextProbe("a", every=0), "every= of the probe 'text' must be 1 or more, got 0"),
+    ],
+)
+def test_probes_that_cannot_be_told_apart_are_refused(probe, message):
+    with pytest.raises(AttentionMonitorError, match=message):
+        AttentionMonitor(probe=probe)
+
+
+@pytest.mark.parametrize(("max_tokens", "sequences", "rows"), [(None, 3, 24), (16, 2, 16), (17, 2, 16), (5, 1, 5)])
+def test_max_tokens_bounds_the_rows_that_are_looked_at(tmp_path, monkeypatch, max_tokens, sequences, rows):
+    seen = []
+    original = HeadTotals.add
+
+    def spy(self, call):
+        original(self, call)
+        seen.append((call.shape[0], int(self.packed[1].max())))
+
+    monkeypatch.setattr(HeadTotals, "add", spy)
+    data = torch.utils.data.DataLoader(torch.zeros(6, T).long(), batch_size=3)
+    monkeypatch.setattr(Project, "train_dataloader", lambda self: data)
+    monitor = AttentionMonitor(every_n_steps=100, max_tokens=max_tokens, statistics=["nonfinite_fraction"])
+    fit(tmp_path, monitor, max_steps=1)
+    assert seen[0] == (sequences, rows)

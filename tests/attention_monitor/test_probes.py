@@ -159,8 +159,13 @@ def test_a_sink_is_the_mean_weight_on_the_first_token():
     assert position_scores(written(uniform))["sink"].item() == pytest.approx(0.074, abs=5e-4)  # Gu et al. 2024
 
 
+def test_a_short_text_says_nothing_of_positions():
+    assert position_scores(written(torch.ones(1, 1, 15, 15).tril())) == {}
+
+
 @pytest.mark.parametrize("block", [1, 4, 1000])
 def test_a_positional_head_looks_at_one_offset_in_most_rows(block, monkeypatch):
+    monkeypatch.setattr("attention_monitor.probes.MIN_TOKENS", 9)
     monkeypatch.setattr("attention_monitor.rows.BLOCK_ROWS", block)
     monkeypatch.setattr("attention_monitor.rows.BLOCK_ELEMENTS", 3 * 9 * block)
     T = 9
@@ -410,4 +415,4 @@ def test_a_model_that_puts_a_token_before_the_text_has_no_scores_by_position_of_
     assert values["a"].isnan().all()
     values = run_probe(Prefixed(lookback(1)), RepeatedTokensProbe(90)).values[0]
     assert values["induction"].isnan().all()
-    assert run_probe(Prefixed(lookback(1)), TextProbe("hello", BYTES)).values[0]["positional"].item() == 1
+    assert run_probe(Prefixed(lookback(1)), TextProbe("hello" * 4, BYTES)).values[0]["positional"].item() == 1

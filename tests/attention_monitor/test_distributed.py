@@ -1,0 +1,131 @@
+"""Several processes, each with a part of the batch: the same numbers as one process with all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from attention_monitor import AttentionRecorder
+
+from .project import VOCAB, Project, T
+
+NAMES = ["entropy", "max_score", "collapse_fraction", "nonfinite_fraction", "previous_token"]
+BATCH = torch.randint(VOCAB, (4, T), generator=torch.Generator().manual_seed(0))
+
+
+def watch(batch, **options):
+    """Values of one step at which the model is called on ``batch``, or not at all for None."""
+    model = Project().eval()
+    recorder = AttentionRecorder(model, statistics=NAMES, max_sequences=100, **options)
+    with recorder.step(0), torch.no_grad():
+        if batch is not None:
+            model(batch)
+    live = recorder.snapshots.get("live")
+    recorder.close(complete=False)
+    return None if live is None else [{n: v.tolist() for n, v in values.items()} for values in live.values]
+
+
+def work(rank, parts, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=len(parts))
+    log_to = str(Path(folder) / f"log{rank}")
+    found = watch(parts[rank], all_ranks=True, log_to=log_to)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([found, Path(log_to).exists()]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([BATCH[:2], BATCH[2:]], id="even"),
+        pytest.param([BATCH[:1], BATCH[1:]], id="uneven"),
+        pytest.param([BATCH, None], id="a rank without data"),
+        pytest.param([None, BATCH], id="rank zero without data"),
+    ],
+)
+def test_every_rank_has_the_numbers_of_the_whole_batch_and_rank_zero_writes_them(tmp_path, parts):
+    mp.spawn(work, (parts, str(tmp_path)), nprocs=2)
+    whole = watch(BATCH)
+    for rank in (0, 1):
+        found, wrote = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert wrote == (rank == 0)
+        for ours, expected in zip(found, whole, strict=True):
+            for name in NAMES:
+                assert ours[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_no_data_anywhere_is_no_snapshot(tmp_path):
+    mp.spawn(work, ([None, None], str(tmp_path)), nprocs=2)
+    assert json.loads((tmp_path / "0.json").read_text())[0] is None
+
+
+TRAINING = """
+import json, sys
+import torch
+import pytorch_lightning as pl
+from attention_monitor import AttentionMonitor
+from tests.attention_monitor.project import Project, T, VOCAB, make_trainer
+
+torch.set_num_threads(1)
+n, folder = int(sys.argv[1]), sys.argv[2]
+
+
+class Data(Project):
+    def train_dataloader(self):
+        data = torch.randint(VOCAB, (24, T), generator=torch.Generator().manual_seed(4))
+        return torch.utils.data.DataLoader(data[self.trainer.global_rank :: n], batch_size=4 // n)
+
+
+class Keep(pl.Callback):
+    values = []
+
+    def on_train_batch_end(self, trainer, *_):
+        [monitor] = [c for c in trainer.callbacks if isinstance(c, AttentionMonitor)]
+        self.values.append([{k: v.tolist() for k, v in site.items()} for site in monitor.latest.values])
+
+
+torch.nn.functional.dropout = lambda x, *_: x
+attend = torch.nn.functional.scaled_dot_product_attention
+torch.nn.functional.scaled_dot_product_attention = lambda *a, dropout_p=0.0, **k: attend(*a, **k)
+strategy = {"strategy": "ddp", "devices": n} if n > 1 else {}
+trainer = make_trainer(
+    folder,
+    [AttentionMonitor(every_n_steps=1, probe="hello", max_sequences=100), Keep()],
+    max_steps=5,
+    use_distributed_sampler=False,
+    **strategy,
+)
+trainer.fit(Data())
+if trainer.is_global_zero:
+    print("VALUES" + json.dumps(Keep.values))
+"""
+
+
+def test_lightning_on_two_processes_gives_the_numbers_of_one(tmp_path):
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    root = str(Path(__file__).parents[2])
+    found = {}
+    for n in (1, 2):
+        run = subprocess.run(
+            [sys.executable, str(script), str(n), str(tmp_path / str(n))],
+            env=os.environ | {"PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr
+        [line] = [line for line in run.stdout.splitlines() if line.startswith("VALUES")]
+        found[n] = json.loads(line.removeprefix("VALUES"))
+    assert len(found[1]) == len(found[2]) == 5
+    for one, two in zip(found[1], found[2], strict=True):
+        for expected, ours in zip(one, two, strict=True):
+            for name, values in expected.items():
+                # weights differ by the rounding of averaged gradients
+                assert ours[name] == pytest.approx(values, abs=1e-5, nan_ok=True), name
