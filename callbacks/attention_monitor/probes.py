@@ -192,8 +192,8 @@ class RepeatedTokensProbe(Probe):
     """Random tokens, repeated: what follows can only be known from what followed the first time (Olsson et al. 2022).
 
     A beginning-of-sequence token, then ``n_tokens`` random tokens ``n_repeats`` times. Scores, mean weights over rows
-    and draws: ``induction``, from a token in a later repeat to the one that followed its earlier occurrence;
-    ``duplicate_token``, to that occurrence; ``previous_token``, to the token before.
+    and draws: ``induction``, from a token in a later repeat to those that followed its earlier occurrences;
+    ``duplicate_token``, to these occurrences; ``previous_token``, to the token before.
 
     Attributes:
         vocab_size: tokens are drawn below it; None: as many as the tokenizer has.
@@ -427,16 +427,27 @@ def _is_of(call: AttentionCall, shape: tuple[int, ...]) -> bool:
 
 
 def repeat_scores(call: AttentionCall, n_tokens: int, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """Mean weights (B, H) at the offsets of repeated tokens, the first of which is no part of the repeats."""
+    """Mean over rows of the weight on certain earlier tokens (B, H); the first token is no part of the repeats."""
     if not _is_of(call, shape):
         return {}
     pattern = call.pattern()  # (B, H, T, T)
-    starts = {"induction": (n_tokens - 1, n_tokens + 1), "duplicate_token": (n_tokens, n_tokens + 1)}
-    scores = {}
-    for name, (back, first_row) in {**starts, "previous_token": (1, 1)}.items():
-        # entry t of the diagonal stands in row t + back
-        scores[name] = pattern.diagonal(-back, -2, -1)[..., first_row - back :].mean(-1)
-    return scores
+    T = shape[1]
+
+    def mean_weight(offsets: Sequence[int], first_rows: Sequence[int]) -> Tensor:
+        # entry t of the diagonal stands in row t + offset
+        total = [
+            pattern.diagonal(-offset, -2, -1)[..., row - offset :].sum(-1)
+            for offset, row in zip(offsets, first_rows, strict=True)
+        ]
+        return torch.stack(total).sum(0) / (T - first_rows[0])
+
+    back = range(n_tokens, T - 1, n_tokens)  # to each earlier occurrence; row 1 + n_tokens is the first that has one
+    rows = [1 + offset for offset in back]
+    return {
+        "induction": mean_weight([offset - 1 for offset in back], rows),
+        "duplicate_token": mean_weight(back, rows),
+        "previous_token": mean_weight([1], [1]),
+    }
 
 
 def relation_scores(

@@ -251,16 +251,24 @@ def head_detector(pattern, tokens, kind):
     return (pattern * where).sum((1, 2)) / pattern.sum((1, 2))
 
 
+def test_an_induction_head_may_look_at_any_earlier_occurrence():
+    for repeats_back in (1, 2, 3):
+        scores = run_probe(Given(lookback(25 * repeats_back - 1)), RepeatedTokensProbe(1000)).values[0]
+        assert scores["induction"].item() == pytest.approx((4 - repeats_back) / 3, abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["induction", "duplicate_token", "previous_token"])
 def test_scores_follow_from_those_of_transformer_lens(kind):
-    """Of two blocks each place is one offset, so that the sum of weights there is the same in both definitions."""
-    n, T, H = 6, 13, 3
-    tokens = RepeatedTokensProbe(50, n_tokens=n, n_repeats=2, n_draws=1, bos=0).encode().batches[0].inputs[0]
+    n, n_repeats, H = 6, 3, 3
+    probe = RepeatedTokensProbe(50, n_tokens=n, n_repeats=n_repeats, n_draws=1, bos=0)
+    tokens = probe.encode().batches[0].inputs[0]
     tokens[1:] += 1  # none is the first token
+    T = len(tokens)
     pattern = torch.rand(1, H, T, T).tril()
     pattern = pattern / pattern.sum(-1, keepdim=True)
     ours = repeat_scores(written(pattern), n, (1, T))[kind][0].numpy()
-    n_rows = {"induction": n, "duplicate_token": n, "previous_token": T - 1}[kind]
+    # theirs is the share of all weight, ours the mean over rows
+    n_rows = T - 1 if kind == "previous_token" else n * (n_repeats - 1)
     weights = pattern[0].numpy()
     if kind == "previous_token":  # exclude_bos leaves out row 1, which looks at it
         ours = ours - weights[:, 1, 0] / n_rows

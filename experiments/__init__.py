@@ -1,0 +1,1 @@
+"""Known phenomena of attention, reproduced in minutes and watched with this package."""
