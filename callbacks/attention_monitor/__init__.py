@@ -24,6 +24,7 @@ _HOME = {
     "Snapshot": "snapshots",
     "BatchProbe": "probes",
     "Probe": "probes",
+    "LayerProbe": "probes",
     "RelationProbe": "probes",
     "RepeatedTokensProbe": "probes",
     "TextProbe": "probes",
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .capturing import NoAttentionError, capture
     from .errors import AttentionMonitorError
     from .monitor import AttentionMonitor
-    from .probes import BatchProbe, Probe, RelationProbe, RepeatedTokensProbe, TextProbe
+    from .probes import BatchProbe, LayerProbe, Probe, RelationProbe, RepeatedTokensProbe, TextProbe
     from .recorder import AttentionRecorder, AttentionWarning, run_probe
     from .rows import RowBlock, Rows
     from .snapshots import Snapshot

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,8 @@ from .snapshots import HeadScore
 # Mean weight on the first token (Gu et al. 2024); share of rows whose largest weight is at one offset (Voita et al.
 # 2019).
 POSITION_SCORES = (HeadScore("sink", 0.3, is_written=False), HeadScore("positional", 0.9, is_written=False))
+
+MAX_MAP_SIZE = 96  # positions in a picture; longer patterns are pooled
 
 # In a shorter text uniform causal attention comes close to a sink: mean weight on the first of 9 tokens is 0.31.
 MIN_TOKENS = 16
@@ -76,6 +78,7 @@ class EncodedProbe:
         is_drawn: its maps are worth a picture.
         with_statistics: the statistics that are taken of training are taken of it too.
         every: sampled steps from one run to the next.
+        with_layers: layers are looked at as a whole too.
     """
 
     name: str
@@ -85,6 +88,7 @@ class EncodedProbe:
     is_drawn: bool = False
     with_statistics: bool = False
     every: int = 1
+    with_layers: bool = False
 
     def run(self, model: nn.Module, watch: Callable[[ProbeBatch], None] | None = None) -> None:
         """Call the model on every batch (``watch`` is told of each before), leaving no trace in it.
@@ -159,6 +163,34 @@ class TextProbe(Probe):
         labels = [tokenizer.decode([i]) for i in ids]
         batch = ProbeBatch(torch.tensor([ids]), position_scores)
         return EncodedProbe(self.name, [batch], POSITION_SCORES, labels, is_drawn=True, every=self.every)
+
+
+@dataclass(frozen=True)
+class LayerProbe(TextProbe):
+    """A text with which layers are looked at as a whole, now and then.
+
+    ``head_distance`` of each head: Jensen-Shannon divergence to the head of its layer that is most like it, 0..ln 2
+    (Clark et al. 2019); ``token_spread`` of each layer: how far its tokens are from being one and the same, 0..1 (rank
+    collapse, Dong et al. 2021); attention rollout of each layer, as a picture (Abnar and Zuidema 2020).
+
+    Attributes:
+        text: of at most 96 tokens.
+        tokenizer: as for ``TextProbe``.
+        name: of its tags.
+        every: sampled steps from one run to the next.
+    """
+
+    name: str = "layers"
+    every: int = 10
+
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        encoded = super().encode(tokenizer)
+        n = len(encoded.labels or ())
+        if n > MAX_MAP_SIZE:
+            raise AttentionMonitorError(
+                f"A LayerProbe's text may have {MAX_MAP_SIZE} tokens at most, got {n}; give a shorter one."
+            )
+        return replace(encoded, with_layers=True)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from .calls import AttentionCall
 from .capturing import Capture, NoAttentionError, captures_paused, layer_labels, stacks
 from .diagnosis import Diagnosis, HeadRoles
 from .errors import AttentionMonitorError
-from .probes import EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
+from .layers import LayerOutputs, with_layers
+from .probes import MAX_MAP_SIZE, EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
 from .rows import Workspace
 from .snapshots import HeadScore, Snapshot
 from .statistics import DEFAULT_STATISTICS, HeadTotals, Statistic, resolve_statistics
 from .writers import Writer, sinks_for
-
-MAX_MAP_SIZE = 96  # positions in a picture; longer patterns are pooled
 
 
 class AttentionWarning(UserWarning):
@@ -268,10 +267,12 @@ def _run(recording: Recording, probe: EncodedProbe, step: int) -> Snapshot:
     def watch(batch: ProbeBatch) -> None:
         recording.score = batch.score
 
-    with captures_paused(), recording:
+    outputs = LayerOutputs(recording.model) if probe.with_layers else None
+    with captures_paused(), outputs or nullcontext(), recording:
         probe.run(recording.model, watch)
     recording.require_attention()
-    return recording.snapshot(step, probe)
+    snapshot = recording.snapshot(step, probe)
+    return with_layers(snapshot, outputs) if outputs else snapshot
 
 
 class AttentionRecorder:

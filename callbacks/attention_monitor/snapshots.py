@@ -48,6 +48,8 @@ class Snapshot:
         stacks: for each site the stack of layers it belongs to, such as ``decoder.layers.*.self_attn``.
         is_cross: for each site whether it is cross-attention, for which some statistics are NaN.
         scores: of a probe, what else there is in ``values``.
+        layers: of a ``LayerProbe``, name -> a number for each site's layer.
+        rollout: of a ``LayerProbe``, label -> (T, T), attention rollout up to that layer.
     """
 
     step: int
@@ -60,6 +62,8 @@ class Snapshot:
     stacks: list[str] = field(default_factory=list)
     is_cross: list[bool] = field(default_factory=list)
     scores: Sequence[HeadScore] = ()
+    layers: dict[str, list[float]] = field(default_factory=dict)
+    rollout: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self, statistic: str, stack: str | None = None) -> float:
         """Mean over all heads, or those of a stack, that have a value; NaN if none has."""

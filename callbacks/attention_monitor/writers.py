@@ -5,6 +5,7 @@
     attention_heads/{statistic}      layer x head matrix
     attention_maps/{source}          every map in one picture
     attention_{probe}_{score}/...    what a probe scores heads by, likewise
+    attention_{probe}_{name}/L00     one layer; attention_rollout/{probe} a picture
     attention_roles                  which heads have a role, and since when
 
 Drawing and encoding happen on one background thread; what is given to it is drawn in order, and nothing is dropped:
@@ -233,6 +234,12 @@ class Writer:
             tag, title = f"attention_maps/{snapshot.source}", f"attention of every head: {snapshot.source}"
             mosaic = self._figure(tag, Mosaic, [m.shape for m in maps], snapshot.labels, snapshot.tokens, title)
             images[tag] = mosaic.draw(maps)
+        if snapshot.rollout:
+            tag, title = f"attention_rollout/{snapshot.source}", "attention rollout: what each token is made of"
+            maps = [rolled[None].numpy() for rolled in snapshot.rollout.values()]
+            labels = list(snapshot.rollout)
+            mosaic = self._figure(tag, Mosaic, [m.shape for m in maps], labels, snapshot.tokens, title)
+            images[tag] = mosaic.draw(maps)
         is_cross = snapshot.is_cross or [False] * len(snapshot.values)
         for name, column in columns.items():
             rows = [i for i, cross in enumerate(is_cross) if not (cross and column.self_attention_only)]
@@ -293,6 +300,9 @@ def scalar_values(snapshot: Snapshot, columns: dict[str, Column]) -> dict[str, f
         stacks = list(dict.fromkeys(snapshot.stacks))
         if len(stacks) > 1:
             tagged |= {f"attention_{name}/mean/{stack}": snapshot.mean(column.value, stack) for stack in stacks}
+    for name, numbers in snapshot.layers.items():
+        labelled = zip(snapshot.labels, numbers, strict=True)
+        tagged |= {f"attention_{snapshot.source}_{name}/{label}": number for label, number in labelled}
     return {tag: value for tag, value in tagged.items() if not math.isnan(value)}
 
 
