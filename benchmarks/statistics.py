@@ -128,7 +128,11 @@ def _megabytes(field: str) -> float:
 
 
 def peak(kind: str, T: int) -> float:
-    """Megabytes that a process of its own takes beyond what it had."""
+    """Megabytes that a process of its own takes beyond what it had, median of three processes."""
+    return statistics.median(_peak_of_a_process(kind, T) for _ in range(3))
+
+
+def _peak_of_a_process(kind: str, T: int) -> float:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_peak, args=(kind, T, torch.get_num_threads(), sender))

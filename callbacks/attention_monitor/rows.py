@@ -215,10 +215,11 @@ def spans(call: AttentionCall, max_rows: int | None = None) -> Iterator[tuple[in
     if max_rows is None or max_rows >= Q:
         yield from ((start, min(start + n, Q)) for start in range(0, Q, n))
         return
-    n = min(n, max_rows)
+    # eight blocks or more: in a causal model the first rows differ much from those in the middle
+    n = max(1, min(n, max_rows // 8))
     wanted = max_rows // n
     for i in range(wanted):
-        start = (Q - n) * (2 * i + 1) // (2 * wanted)
+        start = i * n + (Q - wanted * n) * (2 * i + 1) // (2 * wanted)
         yield start, start + n
 
 

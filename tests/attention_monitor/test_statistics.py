@@ -355,3 +355,43 @@ def test_statistics_of_a_captured_call_are_those_of_what_the_model_used():
     pattern = (0.7 * q @ k.transpose(-1, -2)).masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf).softmax(-1)
     diagonal = pattern.diagonal(dim1=-2, dim2=-1)[:, :, 1:].mean((0, 2))
     torch.testing.assert_close(summarize(calls[0])["diagonal_mean"], diagonal)
+
+
+@pytest.mark.parametrize(("T", "max_rows"), [(128, 64), (128, 127), (100, 7), (9, 1), (5000, 512)])
+def test_rows_that_are_looked_at_are_spread_evenly_and_no_more_than_allowed(T, max_rows):
+    call = make_call(torch.zeros(1, 2, T, 1), torch.zeros(1, 2, T, 1))
+    rows = [row for span in rows_module.spans(call, max_rows) for row in range(*span)]
+    assert len(rows) == len(set(rows)) <= max_rows
+    assert len(rows) > max_rows / 2
+    assert min(rows) >= 0
+    assert max(rows) < T
+    assert np.mean(rows) == pytest.approx((T - 1) / 2, abs=1 + T / 50)
+
+
+def test_of_a_part_of_the_rows_values_are_of_these_rows():
+    q, k = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    call = make_call(q, k, is_causal=True)
+    totals = HeadTotals(resolve_statistics(["entropy", "previous_token"]), max_rows=16)
+    totals.add(call)
+    rows = [row for span in rows_module.spans(call, 16) for row in range(*span)]
+    pattern = call.pattern()[0, :, rows]  # (H, rows, T)
+    torch.testing.assert_close(totals.values()["entropy"], torch.special.entr(pattern).sum(-1).mean(-1))
+    previous = torch.stack([pattern[:, i, row - 1] for i, row in enumerate(rows)], -1)
+    torch.testing.assert_close(totals.values()["previous_token"], previous.mean(-1))
+
+
+def test_a_statistic_that_reads_what_it_does_not_ask_for_is_told_so():
+    try:
+
+        @statistic(unit="1", range="0..1", needs=[])
+        def greedy(rows):
+            """Reads what it has not asked for."""
+            return rows.sum_of_squares
+
+        call = make_call(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4))
+        with pytest.raises(AttentionMonitorError, match=r"say so in @statistic\(needs=\['sum_of_squares'\]\)"):
+            summarize(call, ["greedy"])
+    finally:
+        STATISTICS.pop("greedy", None)
+    with pytest.raises(AttentionMonitorError, match=r"'greedy' has needs=\['nothing'\]; known are"):
+        statistic(unit="1", range="0..1", needs=["nothing"])(greedy)
