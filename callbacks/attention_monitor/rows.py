@@ -20,7 +20,7 @@ BLOCK_ELEMENTS = 3 << 20
 BLOCK_ROWS = 64
 
 # The score of a masked key within a block: exp gives exactly 0, and 0 times it is 0, which with -inf would be NaN.
-_HIDDEN = -1e30
+HIDDEN = -1e30
 
 # Numbers of a row from which statistics are made: the first three are always there, the others where one needs them.
 ALWAYS = ("max_score", "sum_exp", "sum_exp_shifted")
@@ -145,7 +145,7 @@ class RowBlock(Rows):
         workspace = workspace or Workspace()
         B, H, _, K = call.shape
         size = B * H * (stop - start) * (K + call.n_sinks), call.compute_dtype, call.device
-        scores, self.allowed = call.scores(start, stop, workspace.take("scores", *size), _HIDDEN)  # (B, H, R, K)
+        scores, self.allowed = call.scores(start, stop, workspace.take("scores", *size), HIDDEN)  # (B, H, R, K)
         max_score = scores.amax(-1)
         # differences to the largest keep their digits however large the scores are
         shifted = scores.sub_(max_score[..., None])

@@ -306,6 +306,9 @@ class HeadTotals:
         of_blocks = {stat.name: stat.function for stat in statistics if stat.needs is None}
         blocks = list(spans(call, self.max_rows))
         row = torch.cat([torch.arange(*span, device=call.device) for span in blocks])
+        kernel = None if of_blocks else _kernel_for(call)
+        if kernel is not None:
+            return kernel.rows_of(call, row), {}
         n_keys, quantities, values = Collected(row), Collected(row), Collected(row)
         for start, stop in blocks:
             block = RowBlock(call, start, stop, self._workspace)
@@ -336,6 +339,17 @@ class HeadTotals:
         means = totals / torch.where(_takes_maximum(self.statistics, packed)[0], 1, counts)
         values = means.where(counts > 0, torch.nan).float()
         return dict(zip((stat.name for stat in self.statistics), values, strict=True))
+
+
+def _kernel_for(call: AttentionCall) -> Any:
+    """The module with the GPU kernel, where it is of use for a call."""
+    if call.device.type != "cuda":
+        return None
+    try:
+        from . import kernel
+    except ImportError:  # no Triton
+        return None
+    return kernel if kernel.supports(call) else None
 
 
 def _packed(statistics: Sequence[Statistic], rows: Tensor, counted: Tensor) -> Tensor:
