@@ -13,6 +13,7 @@ of what the operating system gave it (Linux).
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -129,6 +130,8 @@ def _megabytes(field: str) -> float:
 
 def peak(kind: str, T: int) -> float:
     """Megabytes that a process of its own takes beyond what it had, median of three processes."""
+    # what is freed goes back at once: otherwise the C library's habits decide, by 100 MB this way or that
+    os.environ.update(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     return statistics.median(_peak_of_a_process(kind, T) for _ in range(3))
 
 

@@ -1,10 +1,11 @@
 """That the benchmarks run; what they measure is for a quiet machine."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, overhead, throughput
+from benchmarks import machine, overhead, sampling, statistics, throughput
 from gpt import data
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,36 @@ def test_throughput_prints_its_ratio(capsys):
     result = throughput.main(["--n_layer=1", "--n_embd=16", "--batch_size=2", "--block_size=8", "--steps=4"])
     assert result["ratio"] > 0
     assert f"{result['ratio']:.2f}x" in capsys.readouterr().out
+
+
+def test_statistics_prints_and_writes_its_figures(tmp_path, capsys, monkeypatch):
+    megabytes = {"output_attentions": 50, "capture": 10, "plain": 8, "sdpa": 1, "statistics": 2}
+    monkeypatch.setattr(statistics, "_peak_of_a_process", lambda kind, T: megabytes[kind])
+    path = tmp_path / "found.json"
+    options = ["--lengths", "16", "32", "--long=16", "--model-length=16", "--rounds=1", f"--output={path}"]
+    result = statistics.main(options)
+    assert [row["T"] for row in result["call"]] == [16, 32]
+    assert all(row["ratio"] > 0 for row in result["call"])
+    assert result["model"]["times_less_memory"] == 21
+    assert result["model"]["largest_difference"] < 1e-5  # both ways find the same
+    assert json.loads(path.read_text()) == result
+    assert path.with_suffix(".md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is taken from Linux's /proc")
+def test_the_memory_of_a_call_is_taken_in_a_process_of_its_own():
+    assert 0 <= statistics._peak_of_a_process("statistics", 256) < 64
+
+
+def test_sampling_compares_with_the_whole_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "N_STORIES", 300)
+    small = ["--model.n_layer=1", "--model.n_embd=16", "--data.batch_size=4", f"--data.cache_dir={tmp_path}"]
+    config = str(ROOT / "configs/tiny.yaml")
+    found = sampling.main(["--config", config, "--steps=1", "--batches=2", *small])
+    assert list(found) == ["1 sequence", "2 sequences", "4 sequences", "1 sequence, 64 of its 128 rows"]
+    assert set(found["4 sequences"].values()) == {0.0}  # that is the whole batch
+    assert found["1 sequence"]["max_weight 0.95"] > 0
+    assert "4 x 128" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["torch", "Python", "threads"])
