@@ -3,7 +3,8 @@
 1. The default statistics of a causal call against fused attention (scaled_dot_product_attention, forward) of the same
    queries, keys and values.
 2. The most memory that a call takes beyond what was there before, at a long context.
-3. Looking at a whole model, GPT-2 small of transformers: entropy, diagonal and collapse by capture, against the usual
+3. Where there is a GPU: all quantities of rows by the Triton kernel against flash attention, forward, in bfloat16.
+4. Looking at a whole model, GPT-2 small of transformers: entropy, diagonal and collapse by capture, against the usual
    way: eager attention, ``output_attentions=True``, and the same three numbers computed from what it returns.
 
 Times are taken in turns in one process: medians, and their ratios. Memory is taken in a process for each, as the peak
@@ -157,6 +158,7 @@ def measure(lengths: list[int], long: int, model_length: int, rounds: int) -> di
         taken = times({"sdpa": partial(attend, *tensors), "ours": partial(take, *tensors)}, rounds)
         row = {"T": T, "sdpa_ms": 1000 * taken["sdpa"], "statistics_ms": 1000 * taken["ours"]}
         result["call"].append(row | {"ratio": taken["ours"] / taken["sdpa"]})
+    result["gpu"] = measure_gpu([2048, 4096, 8192, 16384]) if torch.cuda.is_available() else []
     first, last = result["call"][0], result["call"][-1]
     result["growth"] = {
         "sdpa": last["sdpa_ms"] / first["sdpa_ms"],
@@ -185,6 +187,25 @@ def measure(lengths: list[int], long: int, model_length: int, rounds: int) -> di
     return result
 
 
+def measure_gpu(lengths: list[int]) -> list[dict[str, float]]:
+    """The kernel against flash attention, bfloat16, causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from triton.testing import do_bench
+
+    from attention_monitor import kernel
+
+    rows = []
+    for T in lengths:
+        q, k, v = qkv(T, "cuda", torch.bfloat16)
+        call = AttentionCall("attention", q, k, is_causal=True, scale=HEAD_DIM**-0.5)
+        row = torch.arange(T, device="cuda")
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            flash = do_bench(partial(attend, q, k, v), return_mode="median")
+        ours = do_bench(partial(kernel.rows_of, call, row), return_mode="median")
+        rows.append({"T": T, "sdpa_ms": flash, "statistics_ms": ours, "ratio": ours / flash})
+    return rows
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = [f"{result['machine']}; {result['heads']} heads x {result['head_dim']}, float32, causal, one sequence", ""]
@@ -194,6 +215,16 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["call"]:
         lines.append(f"| {row['T']} | {row['sdpa_ms']:.1f} ms | {row['statistics_ms']:.1f} ms | {row['ratio']:.2f} |")
+    if result["gpu"]:
+        lines += [
+            "",
+            "| T, bfloat16 on the GPU | flash attention, forward | kernel | ratio (goal 1.0) |",
+            "|---|---|---|---|",
+        ]
+        for row in result["gpu"]:
+            lines.append(
+                f"| {row['T']} | {row['sdpa_ms']:.2f} ms | {row['statistics_ms']:.2f} ms | {row['ratio']:.2f} |"
+            )
     growth, memory, model = result["growth"], result["memory"], result["model"]
     lines += [
         "",
