@@ -94,11 +94,18 @@ class Mosaic(Live):
         labels: for each layer.
         tokens: labels of the positions; None: positions are not labelled.
         title: above the maps.
+        are_heads: columns are heads, and labelled so.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, ...]], labels: Sequence[str], tokens: Sequence[str] | None, title: str
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        labels: Sequence[str],
+        tokens: Sequence[str] | None,
+        title: str,
+        are_heads: bool = True,
     ) -> None:
+        self._are_heads = are_heads
         n_heads, Q, K = (max(shape[axis] for shape in shapes) for axis in range(3))
         self._largest = Q, K
         gap = max(1, round(max(Q, K) / 16))
@@ -127,7 +134,7 @@ class Mosaic(Live):
         self.axes.set_xticklabels(tokens[:K] * len(columns), fontsize=5.5, rotation=90, parse_math=False)
         for label, row in zip(labels, rows, strict=True):
             self.write(label, 6, self.top + (row + Q / 2) * self.cell[0], 8)
-        for head, column in enumerate(columns):
+        for head, column in enumerate(columns if self._are_heads else ()):
             self.write(f"H{head}", self.left + (column + K / 2) * self.cell[1], self.top - 9, 8, ha="center")
 
     def draw(self, patterns: Sequence[np.ndarray]) -> np.ndarray:

@@ -238,7 +238,7 @@ class Writer:
             tag, title = f"attention_rollout/{snapshot.source}", "attention rollout: what each token is made of"
             maps = [rolled[None].numpy() for rolled in snapshot.rollout.values()]
             labels = list(snapshot.rollout)
-            mosaic = self._figure(tag, Mosaic, [m.shape for m in maps], labels, snapshot.tokens, title)
+            mosaic = self._figure(tag, Mosaic, [m.shape for m in maps], labels, snapshot.tokens, title, False)
             images[tag] = mosaic.draw(maps)
         is_cross = snapshot.is_cross or [False] * len(snapshot.values)
         for name, column in columns.items():

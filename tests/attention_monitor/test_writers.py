@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from attention_monitor import Snapshot
+from attention_monitor.snapshots import HeadScore
 from attention_monitor.writers import (
     LoggerSink,
     TensorBoardSink,
@@ -266,3 +267,42 @@ def test_cross_attention_has_no_row_in_the_matrix_of_a_statistic_that_makes_no_s
     writer.write(Snapshot(1, "live", ["b"], ["b"], values[1:], is_cross=[True]))
     writer.close()
     assert drawn == [("entropy", ["a", "b"]), ("diagonal_mean", ["a"]), ("entropy", ["b"])]
+
+
+def test_what_a_layer_probe_finds_is_written_for_each_layer_with_its_rollout():
+    found = Snapshot(
+        3,
+        "layers",
+        ["L00", "L01"],
+        ["h.0", "h.1"],
+        [{"head_distance": torch.tensor([0.1, 0.2])}] * 2,
+        scores=[HeadScore("head_distance", float("inf"))],
+        layers={"token_spread": [0.9, float("nan")]},
+        rollout={"L00": torch.eye(3), "L01": torch.eye(3)},
+    )
+    sink = ListSink()
+    writer = Writer([sink], STATISTICS)
+    writer.write(found)
+    writer.close()
+    [(_, step, values)] = [call for call in sink.calls if call[0] == "scalars"]
+    assert step == 3
+    assert values["attention_layers_token_spread/L00"] == 0.9
+    assert "attention_layers_token_spread/L01" not in values  # NaN
+    assert values["attention_layers_head_distance/L01H01"] == pytest.approx(0.2)
+    images = [call[2] for call in sink.calls if call[0] == "image"]
+    assert images == ["attention_rollout/layers", "attention_heads/layers_head_distance"]
+
+
+def test_the_layout_has_what_every_source_shows():
+    sink = ListSink()
+    writer = Writer([sink], ["entropy"])
+    writer.write(snapshot())
+    scores = [HeadScore("sharp", 0.5), HeadScore("hidden", 0.5, is_written=False)]
+    values = [{"sharp": torch.tensor([1.0]), "hidden": torch.tensor([1.0])}]
+    writer.write(Snapshot(0, "mine", ["L00"], ["h.0"], values, scores=scores))
+    writer.write_text("attention_roles", "| a |", 0)
+    writer.close()
+    layouts = [call[1] for call in sink.calls if call[0] == "layout"]
+    assert [list(layout) for layout in layouts] == [["entropy"], ["entropy", "mine_sharp"]]
+    assert layouts[1]["mine_sharp"] == {"L00": ["^attention_mine_sharp/L00H00$"]}
+    assert sink.calls[-1] == ("text", 0, "attention_roles", "| a |")
