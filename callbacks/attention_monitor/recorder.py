@@ -205,8 +205,11 @@ def check_options(
             raise AttentionMonitorError(f"{name} must be at least 1, got {value!r}; give a whole number.")
     probes = [] if probe is None else list(probe) if isinstance(probe, list | tuple) else [probe]
     checked: list[Probe] = []
+    n_texts = 0
     for one in probes:
-        one = TextProbe(one) if isinstance(one, str) else one
+        if isinstance(one, str):
+            n_texts += 1
+            one = TextProbe(one, name="text" if n_texts == 1 else f"text_{n_texts}")
         if not isinstance(one, Probe):
             raise AttentionMonitorError(f"A probe must be a text or a Probe such as TextProbe, got {one!r}.")
         checked.append(one)

@@ -662,10 +662,16 @@ def test_roles_are_written_when_they_change_and_go_on_in_a_resumed_run(tmp_path,
     assert "L00H00" not in resumed.roles  # another run begins anew
 
 
+def test_texts_are_numbered():
+    assert [probe.name for probe in AttentionMonitor(probe=["a", "b", BatchProbe(()), "c"]).probe] == [
+        "text", "text_2", "batch", "text_3",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("probe", "message"),
     [
-        (["a", "b"], r"Each probe needs a name of its own, got \['text', 'text'\]; give name=."),
+        (["a", TextProbe("b")], r"Each probe needs a name of its own, got \['text', 'text'\]; give name=."),
         (TextProbe("a", name="a/b"), "letters, digits and underscores, and not 'live', got 'a/b'"),
         (TextProbe("a", name="live"), "not 'live', got 'live'"),
         (TextProbe("a", every=0), "every= of the probe 'text' must be 1 or more, got 0"),
