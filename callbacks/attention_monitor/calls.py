@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Additive masks hide keys with -inf, finfo.min, -1e9 or -1e4: all of them leave a weight of exactly 0 in float32.
-MASKED_BELOW = -1e4
+# Additive masks hide keys with -inf, finfo.min, -1e9 or -1e4: all of them leave a weight of exactly 0 in float32. In
+# bfloat16 -1e4 is -9984.
+MASKED_BELOW = -9.9e3
 
 # Rows of padding are looked for this many rows at a time.
 _ROWS = 256
@@ -171,7 +172,7 @@ class AttentionCall:
         if (visible := self.visible(start, stop)) is not None:
             allowed = allowed & visible[..., :K]
             if self.mask is not None and self.mask.dtype != torch.bool:
-                added = self._rows_of_mask(start, stop).clamp(min=hidden)
+                added = self._rows_of_mask(start, stop).to(scores.dtype).clamp(min=hidden)
             else:  # as the function does it: NaN in a masked key stays NaN
                 added = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, hidden)
             scores += added[..., :K]

@@ -11,20 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .calls import MASKED_BELOW, AttentionCall
-from .rows import HIDDEN, Rows
+from .rows import HIDDEN, QUANTITIES, Rows
 
-# In the order in which the kernel stores them; the number of keys a row may see comes last.
-STORED = (
-    "max_score",
-    "sum_exp",
-    "sum_exp_shifted",
-    "own_weight",
-    "previous_weight",
-    "first_weight",
-    "later_weight",
-    "sum_of_squares",
-    "distance",
-)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HIDDEN, _MASKED_BELOW = tl.constexpr(HIDDEN), tl.constexpr(MASKED_BELOW)
 
@@ -37,8 +25,12 @@ def _rows_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """MASK: 0 none, 1 bool (True: may attend), 2 added to the score. WIDEN: multiply in float32."""
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    """Stores QUANTITIES in their order, then the number of keys that a row may see.
+
+    MASK: 0 none, 1 bool (True: may attend), 2 added to the score. WIDEN: multiply in float32.
+    """
+    of_head = tl.program_id(1).to(tl.int64)  # a mask may have more entries than 32 bits count
+    b, h = of_head // H, of_head % H
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     row = tl.load(row_ptr + r, mask=r < R, other=0)  # (BLOCK_R,)
@@ -64,7 +56,7 @@ def _rows_kernel(
     if CAUSAL:
         stop = tl.minimum(K, tl.max(row, 0) + 1)
     for start in range(0, stop, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
+        j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         k = tl.load(
             k_ptr + b * k_b + (h // group) * k_h + j[None, :] * k_j + d[:, None] * k_d,
             mask=(j < K)[None, :] & (d < D)[:, None], other=0.0,
@@ -110,8 +102,8 @@ def _rows_kernel(
         top = new_top
 
     nan = tl.where(has_nan > 0, float("nan"), 0.0)
-    at = out_ptr + tl.program_id(1) * R + r
-    step = tl.num_programs(1) * R
+    at = out_ptr + of_head * R + r
+    step = tl.num_programs(1).to(tl.int64) * R
     tl.store(at, top + nan, mask=r < R)
     tl.store(at + step, total + nan, mask=r < R)
     tl.store(at + 2 * step, shifted + nan, mask=r < R)
@@ -149,7 +141,7 @@ def rows_of(call: AttentionCall, row: Tensor) -> Rows:
         mask = mask.expand(B, H, Q, K)
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if kind == 1 else mask
-    out = torch.empty((len(STORED) + 1, B, H, R), dtype=torch.float32, device=call.device)
+    out = torch.empty((len(QUANTITIES) + 1, B, H, R), dtype=torch.float32, device=call.device)
     block_r, block_k, block_d = 64, 64, max(16, triton.next_power_of_2(D))
 
     def strides(x: Tensor | None) -> tuple[Any, ...]:
@@ -162,4 +154,4 @@ def rows_of(call: AttentionCall, row: Tensor) -> Rows:
         CAUSAL=call.is_causal, MASK=kind, BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_D=block_d,
         WIDEN=call.device.type == "cpu",  # Triton's interpreter takes bfloat16 for integers
     )  # fmt: skip
-    return Rows(call, row, out[-1], dict(zip(STORED, out, strict=False)))
+    return Rows(call, row, out[-1], dict(zip(QUANTITIES, out, strict=False)))

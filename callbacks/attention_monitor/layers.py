@@ -80,9 +80,15 @@ def token_spread(x: Tensor) -> float:
 
 
 class LayerOutputs:
-    """Context that takes ``token_spread`` of what the numbered modules of a model put out: the layers of its stacks."""
+    """Context that takes ``token_spread`` of what the numbered modules of a model put out: the layers of its stacks.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: called on one sequence.
+        n_tokens: of the sequence.
+    """
+
+    def __init__(self, model: nn.Module, n_tokens: int) -> None:
+        self._n_tokens = n_tokens
         self._names = module_names(model)
         self.spread: dict[str, float] = {}
 
@@ -96,8 +102,12 @@ class LayerOutputs:
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self._names.get(module, "")
         x = output[0] if isinstance(output, tuple) and output else output
-        if re.search(r"(^|\.)\d+$", name) and isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point():
+        if not (re.search(r"(^|\.)\d+$", name) and isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()):
+            return
+        if x.shape[0] == 1:
             self.spread[name] = token_spread(x.detach()[0])
+        elif x.shape[:2] == (self._n_tokens, 1):  # sequence first
+            self.spread[name] = token_spread(x.detach()[:, 0])
 
 
 def layer_of(site: str, stack: str) -> str:

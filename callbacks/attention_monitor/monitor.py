@@ -152,7 +152,7 @@ class AttentionMonitor(_Callback):
         if self._recorder is not None and due and first_of_step:
             self._sampled_step = step
             self._sampling = True
-            self._recorder.begin(step, trainer.precision_plugin.forward_context())
+            self._recorder.begin(step, trainer.precision_plugin.forward_context(), is_last=step == self._last_step)
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Any) -> None:
         if self._sampling and self._recorder is not None:
@@ -176,8 +176,8 @@ class AttentionMonitor(_Callback):
             self._recorder.abort()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """A run that was stopped early did not know its last step: draw at least the probe once more."""
-        if self._recorder is not None and self._sampled_step < _step(trainer) - 1:
+        """A run that was stopped early did not know its last step: run at least the probes once more."""
+        if self._recorder is not None:
             self._recorder.sample_probes(_step(trainer), trainer.precision_plugin.forward_context())
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from .calls import AttentionCall
 from .errors import AttentionMonitorError
-from .rows import spans
+from .rows import RowBlock, spans
 from .snapshots import HeadScore
 
 # Mean weight on the first token (Gu et al. 2024); share of rows whose largest weight is at one offset (Voita et al.
@@ -57,7 +57,8 @@ class ProbeBatch:
 
     def run(self, model: nn.Module, device: torch.device) -> None:
         """Call the model on it."""
-        inputs = tree_map_only(Tensor, lambda x: x.to(device), self.inputs)
+        inputs = dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs  # of transformers, a UserDict
+        inputs = tree_map_only(Tensor, lambda x: x.to(device), inputs)
         if isinstance(inputs, Mapping):
             model(**inputs)
         elif isinstance(inputs, list | tuple):
@@ -109,8 +110,8 @@ class EncodedProbe:
                     reason = f"{type(error).__name__}: {error}".rstrip(".")
                     raise AttentionMonitorError(
                         f"The probe {self.name!r}{shape} could not be run through {type(model).__name__}: "
-                        f"{reason}. A text is run by model(token_ids), in evaluation mode; "
-                        "leave the probe out where that makes no sense, or make it shorter where it is too long."
+                        f"{reason}. Texts and tokens are run by model(token_ids), in evaluation mode: make them fit "
+                        "its context and vocabulary (vocab_size); for other inputs there is BatchProbe."
                     ) from error
 
 
@@ -169,9 +170,10 @@ class TextProbe(Probe):
 class LayerProbe(TextProbe):
     """A text with which layers are looked at as a whole, now and then.
 
-    ``head_distance`` of each head: Jensen-Shannon divergence to the head of its layer that is most like it, 0..ln 2
-    (Clark et al. 2019); ``token_spread`` of each layer: how far its tokens are from being one and the same, 0..1 (rank
-    collapse, Dong et al. 2021); attention rollout of each layer, as a picture (Abnar and Zuidema 2020).
+    ``head_distance`` of each head: Jensen-Shannon divergence to the head of its layer that is most like it, 0..ln 2,
+    after 0.001 has been added to each weight (Clark et al. 2019); ``token_spread`` of each layer: how far its tokens
+    are from being one and the same, 0..1 (rank collapse, Dong et al. 2021); attention rollout of each layer, as a
+    picture (Abnar and Zuidema 2020).
 
     Attributes:
         text: of at most 96 tokens.
@@ -248,7 +250,7 @@ class RepeatedTokensProbe(Probe):
     every: int = 1
 
     def encode(self, tokenizer: Any = None) -> EncodedProbe:
-        size = self.vocab_size or _vocab_size(tokenizer)
+        size = _vocab_size(tokenizer) if self.vocab_size is None else self.vocab_size
         if size is None:
             raise AttentionMonitorError(
                 f"The probe {self.name!r} draws random tokens and no tokenizer says how many there are: give "
@@ -260,14 +262,16 @@ class RepeatedTokensProbe(Probe):
                 f"more, got {size}, {self.n_tokens}, {self.n_repeats} and {self.n_draws}."
             )
         bos = getattr(tokenizer, "bos_token_id", None) if self.bos is None else self.bos
+        special = set(getattr(tokenizer, "all_special_ids", None) or ())
+        ordinary = torch.tensor([token for token in range(size) if token not in special])
         generator = torch.Generator().manual_seed(self.seed)
         rows = []
         for _ in range(self.n_draws):
             first = torch.randint(size, (1,), generator=generator) if bos is None else torch.tensor([bos])
-            if size > 2 * self.n_tokens:  # no token twice in a block: where to look is then one place
-                block = torch.randperm(size, generator=generator)[: self.n_tokens]
+            if len(ordinary) > 2 * self.n_tokens:  # no token twice in a block: where to look is then one place
+                block = ordinary[torch.randperm(len(ordinary), generator=generator)[: self.n_tokens]]
             else:
-                block = torch.randint(size, (self.n_tokens,), generator=generator)
+                block = ordinary[torch.randint(len(ordinary), (self.n_tokens,), generator=generator)]
             rows.append(torch.cat([first, block.repeat(self.n_repeats)]))
         tokens = torch.stack(rows)
         batch = ProbeBatch(tokens, partial(repeat_scores, n_tokens=self.n_tokens, shape=(len(rows), tokens.shape[1])))
@@ -304,12 +308,24 @@ class RelationProbe(Probe):
     name: str = "relation"
     every: int = 1
 
+    def _checked_examples(self) -> Sequence[Example]:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise AttentionMonitorError(f"max_tokens of the probe {self.name!r} must be 1 or more: {self.max_tokens}.")
+        examples = self.examples() if callable(self.examples) else self.examples
+        for example in [examples] if isinstance(examples, str) else examples:
+            pairs = example[1] if isinstance(example, list | tuple) and len(example) == 2 else None
+            if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
+                raise AttentionMonitorError(
+                    f"An example of the probe {self.name!r} is (text, [(query, key, relation), ...]), got {example!r}."
+                )
+        return examples
+
     def encode(self, tokenizer: Any = None) -> EncodedProbe:
         tokenizer = self.tokenizer or tokenizer
         by_length: defaultdict[int, list[tuple[list[int], list[_Pair]]]] = defaultdict(list)
         counts: defaultdict[str, Counter[int]] = defaultdict(Counter)  # relation -> offset -> pairs
         totals: Counter[str] = Counter()
-        for text, given in self.examples() if callable(self.examples) else self.examples:
+        for text, given in self._checked_examples():
             ids, pairs = _encode_example(text, given, tokenizer)
             ids = ids[: self.max_tokens]
             pairs = [pair for pair in pairs if pair.query < len(ids)]
@@ -318,7 +334,10 @@ class RelationProbe(Probe):
                 totals[pair.relation] += 1
                 counts[pair.relation].update(key - pair.query for key in pair.keys)
         if not totals:
-            raise AttentionMonitorError(f"The probe {self.name!r} has no pairs; give (text, [(query, key, relation)]).")
+            where = f" in the first {self.max_tokens} tokens of a text" if self.max_tokens else ""
+            raise AttentionMonitorError(
+                f"The probe {self.name!r} has no pairs{where}; give (text, [(query, key, relation)])."
+            )
         batches = [
             ProbeBatch(
                 torch.tensor([ids for ids, _ in texts]),
@@ -342,6 +361,10 @@ class _Pair:
     query: int
     keys: range
     relation: str
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 3 and isinstance(pair[2], str) and pair[2] != ""
 
 
 def _encode_example(text: str | Sequence[int], given: Sequence[Pair], tokenizer: Any) -> tuple[list[int], list[_Pair]]:
@@ -377,6 +400,10 @@ def _positions(place: Any, text: str | Sequence[int], where: list[tuple[int, int
                 f"The word {place!r} occurs {len(found)} times in {text!r}; give (start, stop) of its characters."
             )
         place = found[0]
+    if not isinstance(place, list | tuple) or len(place) != 2:
+        raise AttentionMonitorError(
+            f"In a text a query or key is a word, or (start, stop) of its characters, got {place!r}."
+        )
     start, stop = place
     tokens = [i for i, (first, last) in enumerate(where) if first < stop and last > start]
     if not tokens:
@@ -436,19 +463,18 @@ def position_scores(call: AttentionCall) -> dict[str, Tensor]:
     if Q < MIN_TOKENS:
         return {}
     on_first = torch.zeros((B, H), dtype=torch.float64, device=call.device)
+    n_rows = torch.zeros((B, H), dtype=torch.float64, device=call.device)
     offsets = torch.zeros((H, 2 * K), dtype=torch.float64, device=call.device)  # rows by key - query + K
-    padded = call.padded_queries
-    real = torch.ones((B, H, Q), dtype=torch.bool, device=call.device)
-    real = real if padded is None else real & ~padded
     for start, stop in spans(call):
-        pattern = call.pattern(start, stop)[..., :K]  # (B, H, R, K)
-        on_first += pattern[..., 0].masked_fill(~real[..., start:stop], 0).sum(-1)
-        # a row that sees one key alone looks nowhere else
-        counts = (real[..., start:stop] & ((pattern > 0).sum(-1) > 1)).double()
-        row = torch.arange(start, stop, device=call.device) + call.query_offset
-        offset = pattern.argmax(-1) - row + K  # (B, H, R)
+        block = RowBlock(call, start, stop)
+        weights = block.position_weights  # (B, H, R, K')
+        real = block.visible.expand(weights.shape[:3])
+        on_first += weights[..., 0].masked_fill(~real, 0).sum(-1)
+        n_rows += real.sum(-1)
+        counts = block.informative.expand(weights.shape[:3]).double()
+        offset = weights.argmax(-1) - block.query_pos + K  # (B, H, R)
         offsets.scatter_add_(1, offset.transpose(0, 1).flatten(1), counts.transpose(0, 1).flatten(1))
-    sink = on_first / real.sum(-1)
+    sink = (on_first / n_rows)[n_rows.amin(1) > 0]  # without sequences that are all padding
     return {"sink": sink, "positional": (offsets.amax(-1) / offsets.sum(-1))[None]}
 
 
@@ -492,10 +518,10 @@ def relation_scores(
     texts, queries = [text for text, _ in pairs], torch.tensor([pair.query for _, pair in pairs], device=call.device)
     rows = pattern[texts, :, queries]  # (pairs, H, T)
     later = torch.arange(rows.shape[-1], device=call.device) >= queries[:, None]
-    found = rows.masked_fill(later[:, None], -1).argmax(-1)  # (pairs, H)
+    most, found = rows.masked_fill(later[:, None], -1).max(-1)  # (pairs, H)
     first = torch.tensor([pair.keys.start for _, pair in pairs], device=call.device)[:, None]
     stop = torch.tensor([pair.keys.stop for _, pair in pairs], device=call.device)[:, None]
-    hits = ((found >= first) & (found < stop)).double()
+    hits = ((found >= first) & (found < stop) & (most > 0)).double()  # not where all weight is elsewhere, or NaN
     relations = [pair.relation for _, pair in pairs]
     return {
         name: hits[[i for i, relation in enumerate(relations) if relation == name]] for name in dict.fromkeys(relations)
@@ -507,7 +533,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards module modes, buffers and random states are as they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, None if buffer is None else (buffer._version, buffer.clone()))
+        (module, name, buffer, None if buffer is None or buffer.is_inference() else (buffer._version, buffer.clone()))
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
@@ -515,13 +541,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from
     try:
         with torch.random.fork_rng(sorted(device.index for device in devices)), torch.no_grad():
-            model.eval()
+            for module, _ in modes:
+                module.training = False  # not by eval(): a model's own may move weights about, as LoRA's does
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         for module, training in modes:
             module.training = training
+        for module, _ in modes:
+            module._buffers.clear()  # of what was registered on the way too
         for module, name, buffer, saved in buffers:
             module._buffers[name] = buffer
             if buffer is not None and saved is not None and buffer._version != saved[0]:

@@ -89,7 +89,8 @@ class Recording:
     ) -> None:
         self.model, self.statistics, self.with_patterns = model, statistics, with_patterns
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
-        self._capture = Capture(model, self._on_call, sites, set() if told is None else told)
+        self._told: set[str] = set() if told is None else told
+        self._capture = Capture(model, self._on_call, sites, self._told)
         self._workspace = Workspace()
         self._seen: dict[str, Site] = {}
         self._pooled = False
@@ -103,12 +104,16 @@ class Recording:
 
     def _on_call(self, call: AttentionCall) -> None:
         B, _, Q, _ = call.shape
+        if 0 in call.shape:
+            return
         n = B if self.max_sequences is None else min(B, self.max_sequences)
         if self.max_tokens is not None:
             n = min(n, max(1, self.max_tokens // max(1, Q)))
         call = call.first(n)
         site = self._seen.get(call.site) or Site(
-            HeadTotals(self.statistics, self.max_tokens, self._workspace), not call.is_self_attention, call.shape[1]
+            HeadTotals(self.statistics, self.max_tokens, self._workspace, self._on_failure),
+            not call.is_self_attention,
+            call.shape[1],
         )
         if self.with_patterns and site.pattern is None:
             site.pattern = picture(call.first(1))[0].cpu()
@@ -117,6 +122,15 @@ class Recording:
             site.scores[name].append(values)
         site.totals.add(call)
         self._seen[call.site] = site  # a call that cannot be read leaves nothing
+
+    def _on_failure(self, name: str, error: Exception) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            warnings.warn(
+                f"AttentionMonitor: the statistic {name!r} failed and is left out: {type(error).__name__}: {error}. It "
+                "gets a block of rows and returns (B, H, rows), one number a row.",
+                stacklevel=2,
+            )
 
     @property
     def saw_attention(self) -> bool:
@@ -239,6 +253,20 @@ def check_options(
     }
 
 
+def _check_tags(probes: Sequence[EncodedProbe], statistics: Sequence[str]) -> None:
+    """Raise AttentionMonitorError when two things would be written under one name."""
+    names = list(statistics)
+    for probe in probes:
+        scores = [score.name for score in probe.scores]
+        both = [*scores, *(statistics if probe.with_statistics else ())]
+        names += [f"{probe.name}_{name}" for name in both]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise AttentionMonitorError(
+            f"More than one statistic or probe would be written as attention_{twice[0]}; give the probe another name."
+        )
+
+
 def run_probe(
     model: nn.Module,
     probe: str | Probe,
@@ -270,7 +298,7 @@ def _run(recording: Recording, probe: EncodedProbe, step: int) -> Snapshot:
     def watch(batch: ProbeBatch) -> None:
         recording.score = batch.score
 
-    outputs = LayerOutputs(recording.model) if probe.with_layers else None
+    outputs = LayerOutputs(recording.model, len(probe.labels or ())) if probe.with_layers else None
     with captures_paused(), outputs or nullcontext(), recording:
         probe.run(recording.model, watch)
     recording.require_attention()
@@ -341,6 +369,7 @@ class AttentionRecorder:
         self._extent = {name: options[name] for name in ("max_sequences", "max_tokens")}
         self.sites: list[str] | None = options["sites"]
         self.probes: list[EncodedProbe] = [probe.encode(tokenizer) for probe in options["probe"]]
+        _check_tags(self.probes, options["statistics"])
         self.writer = Writer(sinks_for(log_to) if self.is_rank_zero else [], options["statistics"])
         self.diagnosis = Diagnosis()
         wanted = dict.fromkeys([*options["statistics"], *self.diagnosis.statistics])
@@ -350,6 +379,7 @@ class AttentionRecorder:
         self._probed: list[Snapshot] = []
         self._roles = HeadRoles() if roles is None else roles
         self._step = self._sampled_step = -1
+        self._probed_at: dict[str, int] = {}
         self._fitting: set[str] = set()  # probes that the model has taken
         self._told: set[str] = set()  # what has been warned about: once for all steps
         self._closed = False
@@ -400,20 +430,25 @@ class AttentionRecorder:
             AttentionMonitorError: when the model does not take the probe.
             NoAttentionError: when the model runs it without an attention call.
         """
-        for probe in self.probes:
-            self._run_probe(probe, 0, precision)
+        with precision or nullcontext():  # once: a context may not be entered again
+            for probe in self.probes:
+                self._run_probe(probe, 0)
 
-    def begin(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probes (under ``precision``), then watch what the model does."""
-        self.prepare(step, precision)
+    def begin(self, step: int, precision: AbstractContextManager[Any] | None = None, *, is_last: bool = False) -> None:
+        """Run the probes that are due (in the last step all; under ``precision``), then watch what the model does."""
+        self.prepare(step, precision, is_last=is_last)
         assert self._live is not None
         self._live.__enter__()
 
-    def prepare(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probes, and be ready to ``watch_forward``."""
+    def prepare(
+        self, step: int, precision: AbstractContextManager[Any] | None = None, *, is_last: bool = False
+    ) -> None:
+        """Run the probes that are due, and be ready to ``watch_forward``."""
         self.abort()  # a step that was begun and never finished
         self._step = self._sampled_step = step
-        self._probed = self._try_probes(step, precision)
+        samples = step // self.every_n_steps
+        due = [probe for probe in self.probes if is_last or samples % probe.every == 0]
+        self._probed = self._try_probes(due, step, precision)
         drawn = any(probe.is_drawn for probe in self.probes)
         self._live = self._recording(self._live_statistics, with_patterns=not drawn, **self._extent)
 
@@ -462,16 +497,19 @@ class AttentionRecorder:
             self._live = None
 
     def sample_probes(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
-        """Run the probes alone."""
-        self._keep_probed(self._try_probes(step, precision))
+        """Run the probes alone, but for those that have been run at the step before."""
+        due = [probe for probe in self.probes if self._probed_at.get(probe.name) != step - 1]
+        self._keep_probed(self._try_probes(due, step, precision))
 
     def close(self, *, complete: bool = True) -> None:
         """Have everything written; a loop that is complete ends with the probes once more."""
         self.abort()
-        if complete and not self._closed and self._step > self._sampled_step >= 0:
-            self.sample_probes(self._step + 1)
-        self._closed = True
-        self.writer.close()
+        try:
+            if complete and not self._closed and self._sampled_step >= 0:
+                self.sample_probes(self._step + 1)
+        finally:
+            self._closed = True
+            self.writer.close()
 
     def _miss(self, live: Recording) -> None:
         """No attention so far: an error, unless parts of the model have not been run and may have it."""
@@ -494,26 +532,26 @@ class AttentionRecorder:
     def _recording(self, statistics: Sequence[Statistic], **options: Any) -> Recording:
         return Recording(self.model, statistics, sites=self.sites, told=self._told, **options)
 
-    def _try_probes(self, step: int, precision: AbstractContextManager[Any] | None) -> list[Snapshot]:
+    def _try_probes(
+        self, probes: Sequence[EncodedProbe], step: int, precision: AbstractContextManager[Any] | None
+    ) -> list[Snapshot]:
         """Without those that fail although they have fitted before: that is no reason to stop training."""
         snapshots = []
-        samples = step // self.every_n_steps
-        for probe in self.probes:
-            if step % self.every_n_steps == 0 and samples % probe.every != 0:  # other steps are the last one
-                continue
-            try:
-                snapshots.append(self._run_probe(probe, step, precision))
-            except AttentionMonitorError as error:
-                if probe.name not in self._fitting:
-                    raise
-                self._warn_once(f"probe: {error}", f"AttentionMonitor at step {step}: {error}")
+        with precision or nullcontext():
+            for probe in probes:
+                try:
+                    snapshots.append(self._run_probe(probe, step))
+                    self._probed_at[probe.name] = step
+                except AttentionMonitorError as error:
+                    if probe.name not in self._fitting:
+                        raise
+                    self._warn_once(f"probe: {error}", f"AttentionMonitor at step {step}: {error}")
         return snapshots
 
-    def _run_probe(self, probe: EncodedProbe, step: int, precision: AbstractContextManager[Any] | None) -> Snapshot:
+    def _run_probe(self, probe: EncodedProbe, step: int) -> Snapshot:
         statistics = self._written_statistics if probe.with_statistics else ()
         recording = self._recording(statistics, with_patterns=probe.is_drawn)
-        with precision or nullcontext():
-            snapshot = _run(recording, probe, step)
+        snapshot = _run(recording, probe, step)
         self._fitting.add(probe.name)
         return snapshot
 

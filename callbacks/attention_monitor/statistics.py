@@ -5,6 +5,7 @@ weights, or of ``Rows``, where the few numbers that are kept of each row are eno
 Notation and shapes as in ``rows.py``.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -151,7 +152,7 @@ def mean_distance(rows: Rows) -> Tensor:
 def sparsity(block: RowBlock, threshold: float = 0.1) -> Tensor:
     """Keys that the row may see and gives less than ``threshold`` of its weight, p_ij < 0.1."""
     n_small = ((block.weights < threshold) & block.allowed).sum(-1)
-    return n_small / block.n_keys
+    return n_small / block.n_keys + 0 * block.entropy  # NaN for a row that has one
 
 
 @statistic(unit="1", range="0..0.5")
@@ -190,7 +191,7 @@ def collapse_fraction(rows: Rows, threshold: float = 0.95) -> Tensor:
 
     High in healthy previous-token and induction heads too: read it with max_score.
     """
-    return rows.max_weight > threshold
+    return (rows.max_weight > threshold) + 0 * rows.max_weight  # NaN for a row that has one
 
 
 @statistic(unit="score", range="-inf..inf", reduce="max", rows="visible", needs=[])
@@ -269,6 +270,7 @@ class HeadTotals:
         statistics: to take.
         max_rows: query rows of a call that are looked at, in blocks that are spread over it evenly; None: all.
         workspace: to share with other totals.
+        on_failure: told of a statistic that fails, which then has no values; None: its exception is raised.
 
     Attributes:
         packed: (2, statistics, H), float64: sums or maxima of the rows that count, and how many those are; None before
@@ -276,9 +278,13 @@ class HeadTotals:
     """
 
     def __init__(
-        self, statistics: Iterable[Statistic], max_rows: int | None = None, workspace: Workspace | None = None
+        self,
+        statistics: Iterable[Statistic],
+        max_rows: int | None = None,
+        workspace: Workspace | None = None,
+        on_failure: Callable[[str, Exception], None] | None = None,
     ) -> None:
-        self.statistics, self.max_rows = list(statistics), max_rows
+        self.statistics, self.max_rows, self._on_failure = list(statistics), max_rows, on_failure
         self.packed: Tensor | None = None
         self._workspace = workspace or Workspace()
 
@@ -296,27 +302,40 @@ class HeadTotals:
         counted = torch.zeros((len(present), *shape), dtype=torch.bool, device=call.device)
         for i, stat in enumerate(self.statistics):
             if present[i]:
-                values[i] = of_blocks[stat.name] if stat.needs is None else stat.function(rows)
+                values[i] = of_blocks[stat.name] if stat.needs is None else self._value(stat, rows)
                 counted[i] = getattr(rows, stat.rows)
         self.merge(_packed(self.statistics, values, counted))
 
     def _rows(self, call: AttentionCall, statistics: Sequence[Statistic]) -> tuple[Rows, dict[str, Tensor]]:
         """All rows that are looked at, with what the statistics need; and the values of those that take a RowBlock."""
         needs = dict.fromkeys([*ALWAYS, *(name for stat in statistics for name in stat.needs or ())])
-        of_blocks = {stat.name: stat.function for stat in statistics if stat.needs is None}
+        of_blocks = [stat for stat in statistics if stat.needs is None]
         blocks = list(spans(call, self.max_rows))
         row = torch.cat([torch.arange(*span, device=call.device) for span in blocks])
         kernel = None if of_blocks else _kernel_for(call)
         if kernel is not None:
-            return kernel.rows_of(call, row), {}
+            try:
+                return kernel.rows_of(call, row), {}
+            except Exception as error:  # no compiler, a device that Triton does not know
+                _without_kernel.append(str(error))
+                warnings.warn(f"AttentionMonitor goes on without its Triton kernel: {error}", stacklevel=2)
         n_keys, quantities, values = Collected(row), Collected(row), Collected(row)
         for start, stop in blocks:
             block = RowBlock(call, start, stop, self._workspace)
             n_keys.add({"n_keys": block.n_keys})
             quantities.add({name: getattr(block, name) for name in needs})
-            shape = block.max_score.shape
-            values.add({name: function(block).expand(shape) for name, function in of_blocks.items()})
+            values.add({stat.name: self._value(stat, block) for stat in of_blocks})
         return Rows(call, row, n_keys["n_keys"], quantities), values
+
+    def _value(self, stat: Statistic, rows: Rows) -> Tensor:
+        """(B, H, R); NaN when the statistic fails."""
+        try:
+            return stat.function(rows).expand(rows.max_score.shape)
+        except Exception as error:
+            if self._on_failure is None:
+                raise
+            self._on_failure(stat.name, error)
+            return torch.full_like(rows.max_score, torch.nan)
 
     def merge(self, packed: Tensor) -> None:
         """Take in the totals of others with the same statistics."""
@@ -341,9 +360,12 @@ class HeadTotals:
         return dict(zip((stat.name for stat in self.statistics), values, strict=True))
 
 
+_without_kernel: list[str] = []  # why the kernel is not used
+
+
 def _kernel_for(call: AttentionCall) -> Any:
     """The module with the GPU kernel, where it is of use for a call."""
-    if call.device.type != "cuda":
+    if call.device.type != "cuda" or _without_kernel:
         return None
     try:
         from . import kernel

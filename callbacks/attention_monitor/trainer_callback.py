@@ -103,7 +103,7 @@ class AttentionTrainerCallback(TrainerCallback):
         self._sampling.close()
         if args.torch_compile:
             self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
-        recorder.prepare(step)
+        recorder.prepare(step, is_last=step == state.max_steps - 1)
         self._sampling.callback(_WatchedForward(kwargs["model"], recorder).undo)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -157,6 +157,7 @@ class Writer:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attention-monitor")
         self._pending: deque[Future[None]] = deque()
         self._failures: deque[str] = deque()
+        self._drawn: deque[tuple[Sink, str, np.ndarray, int]] = deque()  # for sinks that are not for threads
         self._reported: set[str] = set()
         self._figures: dict[str, tuple[Any, Any]] = {}
         self._layout: dict[str, dict[str, list[str]]] = {}
@@ -203,7 +204,10 @@ class Writer:
             self._failures.append(f"{type(error).__name__}: {error}")
 
     def _report(self) -> None:
-        """Warn, on the caller's thread, about failures that have not been warned about."""
+        """On the caller's thread: hand on what was drawn, and warn about failures that have not been warned about."""
+        while self._drawn:
+            sink, *image = self._drawn.popleft()
+            self._attempt(sink.image, *image)
         while self._failures:
             message = self._failures.popleft()
             if message not in self._reported:  # say it once, not at every step
@@ -221,7 +225,10 @@ class Writer:
         takers = [sink for sink in self.sinks if sink.takes_images]
         for tag, pixels in ((takers and self._attempt(self._draw, snapshot, columns)) or {}).items():
             for sink in takers:
-                self._attempt(sink.image, tag, pixels, snapshot.step)
+                if sink.in_background:
+                    self._attempt(sink.image, tag, pixels, snapshot.step)
+                else:
+                    self._drawn.append((sink, tag, pixels, snapshot.step))
         for sink in self.sinks:
             self._attempt(sink.flush)
 
@@ -307,12 +314,14 @@ def scalar_values(snapshot: Snapshot, columns: dict[str, Column]) -> dict[str, f
 
 
 def custom_scalars_layout(snapshot: Snapshot, columns: dict[str, Column]) -> dict[str, dict[str, list[str]]]:
-    """For TensorBoard's Custom Scalars tab: name -> layer -> the tags of its heads."""
+    """For TensorBoard's Custom Scalars tab: name -> layer -> the tags of its heads, as regular expressions."""
+
+    def tag(name: str, label: str, head: int) -> str:
+        return f"^{re.escape(f'attention_{name}/{head_name(label, head)}')}$"
+
     return {
         name: {
-            label: [
-                f"^attention_{name}/{re.escape(head_name(label, head))}$" for head in range(len(values[column.value]))
-            ]
+            label: [tag(name, label, head) for head in range(len(values[column.value]))]
             for label, values in zip(snapshot.labels, snapshot.values, strict=True)
         }
         for name, column in columns.items()

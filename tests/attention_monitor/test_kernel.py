@@ -11,7 +11,7 @@ import torch
 
 from attention_monitor import STATISTICS, AttentionCall, summarize
 from attention_monitor import statistics as statistics_module
-from attention_monitor.rows import Collected, RowBlock, spans
+from attention_monitor.rows import QUANTITIES, Collected, RowBlock, spans
 from attention_monitor.statistics import DEFAULT_STATISTICS
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -38,7 +38,7 @@ def by_blocks(call):
     collected = Collected(row)
     for start, stop in blocks:
         block = RowBlock(call, start, stop)
-        named = {name: getattr(block, name) for name in kernel.STORED}
+        named = {name: getattr(block, name) for name in QUANTITIES}
         collected.add({**named, "n_keys": block.n_keys.expand(block.max_score.shape)})
     return collected
 
@@ -50,7 +50,7 @@ def check(call):
     found = kernel.rows_of(call, row)
     counts = expected["n_keys"] > 0
     assert torch.equal(found.n_keys, expected["n_keys"].float())
-    for name in kernel.STORED:
+    for name in QUANTITIES:
         ours, theirs = getattr(found, name)[counts], expected[name][counts]
         scale = theirs.abs().nan_to_num().clamp(min=1)  # of what is no share, rounding grows with the value
         assert torch.allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5, equal_nan=True), name

@@ -131,3 +131,16 @@ def test_a_model_that_is_no_stack_has_no_spread_but_the_rest():
 def test_a_text_that_is_too_long_is_refused():
     with pytest.raises(AttentionMonitorError, match="96 tokens at most, got 97"):
         LayerProbe("a" * 97).encode(Letters())
+
+
+def test_the_axis_of_tokens_is_found_where_the_sequence_comes_first():
+    class Turned(Layer):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    usual, turned = Model([0.0, 0.5]), Model([0.0, 0.5])
+    for layer in turned.layers:
+        layer.__class__ = Turned
+    turned.forward = lambda tokens: turned.layers[1](turned.layers[0](turned.embedding(tokens).transpose(0, 1)))
+    spread = [run_probe(m, LayerProbe("abcdefgh"), Letters()).layers["token_spread"] for m in (usual, turned)]
+    assert spread[1] == pytest.approx(spread[0])

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from attention_monitor import (
+    STATISTICS,
     AttentionMonitor,
     AttentionMonitorError,
     AttentionWarning,
@@ -20,6 +21,7 @@ from attention_monitor import (
     RelationProbe,
     RepeatedTokensProbe,
     TextProbe,
+    statistic,
 )
 from attention_monitor.statistics import DEFAULT_STATISTICS, HeadTotals
 
@@ -618,10 +620,20 @@ def test_several_probes_are_run_each_at_its_own_pace(tmp_path):
     assert set(monitor.roles) <= {"L00H00", "L00H01", "L01H00", "L01H01"}
 
 
-def test_the_last_step_has_every_probe(tmp_path):
-    monitor = AttentionMonitor(every_n_steps=4, probe=RepeatedTokensProbe(VOCAB, n_tokens=4, n_repeats=3, every=9))
-    fit(tmp_path, monitor)
-    assert [event.step for event in read(tmp_path).Scalars("attention_repeated_induction/mean")] == [0, 9]
+@pytest.mark.parametrize("every_n_steps", [4, 3, 1])
+def test_the_last_step_has_every_probe(tmp_path, every_n_steps):
+    probe = RepeatedTokensProbe(VOCAB, n_tokens=4, n_repeats=3, every=99)
+    fit(tmp_path, AttentionMonitor(every_n_steps=every_n_steps, probe=["hello", probe]))
+    events = read(tmp_path)
+    assert [event.step for event in events.Scalars("attention_repeated_induction/mean")] == [0, 9]
+    assert [event.step for event in events.Images("attention_maps/text")][-1] == 9
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_several_probes_run_in_the_precision_of_training(tmp_path, precision):
+    probes = [probe for probe in several() if not isinstance(probe, BatchProbe)]
+    monitor = AttentionMonitor(every_n_steps=2, probe=probes)
+    assert fit(tmp_path / "a", monitor, precision=precision).losses == fit(tmp_path / "b", precision=precision).losses
 
 
 def test_several_probes_do_not_change_training(tmp_path):
@@ -697,3 +709,30 @@ def test_max_tokens_bounds_the_rows_that_are_looked_at(tmp_path, monkeypatch, ma
     monitor = AttentionMonitor(every_n_steps=100, max_tokens=max_tokens, statistics=["nonfinite_fraction"])
     fit(tmp_path, monitor, max_steps=1)
     assert seen[0] == (sequences, rows)
+
+
+def test_a_statistic_that_fails_is_named_and_leaves_the_others(tmp_path):
+    try:
+
+        @statistic(unit="1", range="0..1")
+        def broken(block):
+            """Divides by zero."""
+            return 1 / 0
+
+        monitor = AttentionMonitor(every_n_steps=5, statistics=["entropy", "broken"])
+        with pytest.warns(
+            UserWarning, match="the statistic 'broken' failed and is left out: ZeroDivisionError"
+        ) as told:
+            fit(tmp_path, monitor)
+    finally:
+        STATISTICS.pop("broken", None)
+    assert sum("'broken'" in str(warning.message) for warning in told) == 1
+    tags = {tag.split("/")[0] for tag in read(tmp_path).Tags()["scalars"]}
+    assert "attention_entropy" in tags
+    assert "attention_broken" not in tags
+
+
+def test_what_would_be_written_under_one_name_is_refused(tmp_path):
+    probe = BatchProbe(torch.zeros(2, 6, dtype=torch.long), name="normalized")
+    with pytest.raises(AttentionMonitorError, match="written as attention_normalized_entropy; give the probe another"):
+        fit(tmp_path, AttentionMonitor(probe=probe))

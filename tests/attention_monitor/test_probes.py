@@ -1,3 +1,5 @@
+import collections
+import math
 import random
 
 import numpy as np
@@ -424,3 +426,121 @@ def test_a_model_that_puts_a_token_before_the_text_has_no_scores_by_position_of_
     values = run_probe(Prefixed(lookback(1)), RepeatedTokensProbe(90)).values[0]
     assert values["induction"].isnan().all()
     assert run_probe(Prefixed(lookback(1)), TextProbe("hello" * 4, BYTES)).values[0]["positional"].item() == 1
+
+
+# what must not happen
+
+
+class LoRA(nn.Module):
+    """Merges its weights in evaluation mode, as LoRA layers do, and takes them apart again in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.low, self.merged = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 4)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.base.weight.data += -self.low if self.merged else self.low
+            self.merged = not self.merged
+        return self
+
+    def forward(self, x):
+        return self.base(x) if self.merged else self.base(x) + x @ self.low
+
+
+def test_a_model_that_changes_with_its_mode_is_not_changed():
+    model = LoRA().train()
+    weight = model.base.weight.clone()
+    with undisturbed(model):
+        assert not model.training
+        model(torch.zeros(4))
+    assert (model.training, model.merged) == (True, False)
+    assert torch.equal(model.base.weight, weight)
+
+
+def test_a_buffer_that_is_registered_on_the_way_is_taken_out_again():
+    class Lazy(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "cache"):
+                self.register_buffer("cache", x.clone())
+            return x + self.cache
+
+    model = Lazy()
+    BatchProbe(torch.zeros(3)).encode().run(model)
+    assert dict(model.named_buffers()) == {}
+    model(torch.zeros(5))
+
+
+def test_buffers_made_in_inference_mode_are_left_as_they_are():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.register_buffer("made", torch.ones(2))
+    with undisturbed(model):
+        pass
+    assert model.made.tolist() == [1, 1]
+
+
+def test_a_head_whose_other_weights_are_exactly_0_is_positional_still():
+    T = 32
+    scores = torch.zeros(1, 1, T, T)
+    scores[0, 0, range(1, T), range(T - 1)] = 200.0
+    scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+    call = AttentionCall("attn", None, None, model_scores=scores, self_attention=True)
+    assert position_scores(call)["positional"].item() == 1
+
+
+def test_a_sequence_that_is_all_padding_is_left_out():
+    T = 20
+    mask = torch.ones(2, 1, T, T, dtype=torch.bool).tril()
+    mask[1] = False
+    q = torch.zeros(2, 1, T, 4)
+    scores = position_scores(AttentionCall("attn", q, q, mask, self_attention=True))
+    assert scores["sink"].shape == (1, 1)
+    assert scores["sink"].isfinite().all()
+
+
+@pytest.mark.parametrize("pattern", [math.nan, 0.0])
+def test_a_head_that_looks_at_no_earlier_token_hits_nothing(pattern):
+    def weights(tokens):
+        return torch.full((1, 1, 3, 3), pattern) + torch.eye(3)
+
+    values = run_probe(Given(weights), RelationProbe([([1, 2, 3], [(2, 0, "a")])])).values[0]
+    assert values["a"].tolist() == [0]
+
+
+def test_a_mapping_that_is_no_dict_is_handed_on_as_one():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, **kwargs):
+            seen.append(kwargs["x"].device.type)
+
+    batch = collections.UserDict(x=torch.zeros(2))
+    EncodedProbe("b", [ProbeBatch(batch, position_scores)]).batches[0].run(Spy(), torch.device("meta"))
+    assert seen == ["meta"]
+
+
+def test_special_tokens_are_not_drawn():
+    class Special:
+        all_special_ids, vocab_size, bos_token_id = [0, 1, 2], 60, 0
+
+    tokens = RepeatedTokensProbe(n_draws=50).encode(Special()).batches[0].inputs
+    assert (tokens[:, 0] == 0).all()
+    assert tokens[:, 1:].min() == 3
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ("text", r"is \(text, \[\(query, key, relation\), ...\]\), got 'text'"),
+        ([("text", [("a", "b")])], r"got \('text', \[\('a', 'b'\)\]\)"),
+        ([("text", [("a", "b", 3)])], "An example of the probe 'relation'"),
+        ([("text it", [("it", 3, "a")])], r"a word, or its characters \(start, stop\), got 3"),
+    ],
+)
+def test_malformed_examples_are_refused(examples, message):
+    with pytest.raises(AttentionMonitorError, match=message):
+        RelationProbe(examples, BYTES).encode()
+    with pytest.raises(AttentionMonitorError, match="max_tokens of the probe 'relation' must be 1 or more: 0"):
+        RelationProbe([], max_tokens=0).encode()

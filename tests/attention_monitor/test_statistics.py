@@ -395,3 +395,24 @@ def test_a_statistic_that_reads_what_it_does_not_ask_for_is_told_so():
         STATISTICS.pop("greedy", None)
     with pytest.raises(AttentionMonitorError, match=r"'greedy' has needs=\['nothing'\]; known are"):
         statistic(unit="1", range="0..1", needs=["nothing"])(greedy)
+
+
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float16).min, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_in_half_precision(dtype, low):
+    T = 9
+    mask = torch.zeros(T, T).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), low).to(dtype)[None, None]
+    q, k = torch.randn(1, 2, T, 8).to(dtype), torch.randn(1, 2, T, 8).to(dtype)
+    found, expected = (
+        summarize(call, list(STATISTICS)) for call in (make_call(q, k, mask), make_call(q, k, is_causal=True))
+    )
+    for name, values in found.items():
+        torch.testing.assert_close(values, expected[name], msg=name)
+
+
+def test_nan_is_in_every_mean():
+    q = torch.randn(1, 1, 5, 4)
+    q[0, 0, 3] = math.nan
+    found = summarize(make_call(q, torch.randn(1, 1, 5, 4), is_causal=True), list(STATISTICS))
+    finite = {name for name, values in found.items() if values.isfinite().all()}
+    assert finite == {"nonfinite_fraction", "nonfinite_query", "nonfinite_key", "nonfinite_value", "fully_masked_rows"}
