@@ -536,7 +536,7 @@ def test_special_tokens_are_not_drawn():
         ("text", r"is \(text, \[\(query, key, relation\), ...\]\), got 'text'"),
         ([("text", [("a", "b")])], r"got \('text', \[\('a', 'b'\)\]\)"),
         ([("text", [("a", "b", 3)])], "An example of the probe 'relation'"),
-        ([("text it", [("it", 3, "a")])], r"a word, or its characters \(start, stop\), got 3"),
+        ([("text it", [("it", 3, "a")])], r"a word, or \(start, stop\) of its characters, got 3"),
     ],
 )
 def test_malformed_examples_are_refused(examples, message):
