@@ -176,6 +176,9 @@ class AttentionCall:
             else:  # as the function does it: NaN in a masked key stays NaN
                 added = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, hidden)
             scores += added[..., :K]
+            if hidden > -torch.inf and not self._is_finite:
+                # a masked key that is infinite is of no account if it makes the score -inf
+                scores.masked_fill_(~visible[..., :K] & scores.isneginf(), hidden)
         return scores, allowed
 
     def _scaled_products(self, start: int, stop: int, out: Tensor | None) -> Tensor:
@@ -249,6 +252,11 @@ class AttentionCall:
     def _key_for_scores(self) -> Tensor:
         assert self.key is not None
         return self.key.to(self.compute_dtype).expand(self.shape[0], -1, -1, -1).flatten(0, 1)  # (B * H_kv, K, D)
+
+    @cached_property
+    def _is_finite(self) -> bool:
+        """Queries and keys are."""
+        return all(bool(x.isfinite().all()) for x in (self.query, self.key) if x is not None)
 
     @cached_property
     def _limit(self) -> Tensor:

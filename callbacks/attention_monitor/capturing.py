@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -229,11 +229,6 @@ class Capture(TorchFunctionMode):
             self._told.add(path)
             warnings.warn(f"attention_monitor could not look at a call of {path}: {reason}", stacklevel=3)
 
-    def final_site(self, site: str) -> str:
-        """The name of a site once all calls are known: a module's only call carries no index."""
-        path = site[: site.rindex("[")]
-        return path if self.sites[path] == 1 else site
-
     @property
     def ran_whole(self) -> bool:
         """Every part of the model that has parameters has been run."""
@@ -356,9 +351,15 @@ def capture(model: nn.Module, sites: str | Sequence[str] | None = None) -> Itera
     calls: list[AttentionCall] = []
     with Capture(model, calls.append, [sites] if isinstance(sites, str) else sites) as running:
         yield calls
-    calls[:] = [replace(call, site=running.final_site(call.site)) for call in calls]
+    calls[:] = [replace(call, site=final_site(call.site, running.sites)) for call in calls]
     if not calls:
         raise NoAttentionError(running.explain_nothing())
+
+
+def final_site(site: str, n_calls: Mapping[str, int]) -> str:
+    """The name of a site once all calls are known, for each path how many: a module's only call carries no index."""
+    path = site[: site.rindex("[")]
+    return path if n_calls[path] == 1 else site
 
 
 def stacks(sites: Sequence[str], cross: Sequence[bool]) -> list[str]:
@@ -390,5 +391,5 @@ def layer_labels(sites: list[str]) -> list[str]:
         if len(varying) == 1:
             return [f"L{int(number):02d}" for number in varying[0]]
         if len(sites) == 1:
-            return ["L00"]
+            return [f"L{int(numbers[0][0]):02d}" if len(numbers[0]) == 1 else "L00"]
     return list(sites)

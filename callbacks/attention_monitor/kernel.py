@@ -3,6 +3,7 @@
 Not imported unless triton is there: torch's builds for CUDA bring it along.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def _rows_kernel(
 
     MASK: 0 none, 1 bool (True: may attend), 2 added to the score. WIDEN: multiply in float32.
     """
-    of_head = tl.program_id(1).to(tl.int64)  # a mask may have more entries than 32 bits count
+    of_head = tl.program_id(0).to(tl.int64)  # a mask may have more entries than 32 bits count
     b, h = of_head // H, of_head % H
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     row = tl.load(row_ptr + r, mask=r < R, other=0)  # (BLOCK_R,)
     position = row + offset
@@ -103,7 +104,7 @@ def _rows_kernel(
 
     nan = tl.where(has_nan > 0, float("nan"), 0.0)
     at = out_ptr + of_head * R + r
-    step = tl.num_programs(1).to(tl.int64) * R
+    step = tl.num_programs(0).to(tl.int64) * R
     tl.store(at, top + nan, mask=r < R)
     tl.store(at + step, total + nan, mask=r < R)
     tl.store(at + 2 * step, shifted + nan, mask=r < R)
@@ -147,11 +148,13 @@ def rows_of(call: AttentionCall, row: Tensor) -> Rows:
     def strides(x: Tensor | None) -> tuple[Any, ...]:
         return (0, 0, 0, 0) if x is None else x.stride()
 
-    _rows_kernel[(triton.cdiv(R, block_r), B * H)](
-        call.query, key, out if mask is None else mask, row, out,
-        *strides(call.query), *strides(key), *strides(mask),
-        H, H // key.shape[1], R, K, D, call.query_offset, call.scale,
-        CAUSAL=call.is_causal, MASK=kind, BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_D=block_d,
-        WIDEN=call.device.type == "cpu",  # Triton's interpreter takes bfloat16 for integers
-    )  # fmt: skip
+    # Triton launches on the current device, which need not be that of the tensors
+    with torch.cuda.device(call.device) if call.device.type == "cuda" else nullcontext():
+        _rows_kernel[(B * H, triton.cdiv(R, block_r))](
+            call.query, key, out if mask is None else mask, row, out,
+            *strides(call.query), *strides(key), *strides(mask),
+            H, H // key.shape[1], R, K, D, call.query_offset, call.scale,
+            CAUSAL=call.is_causal, MASK=kind, BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_D=block_d,
+            WIDEN=call.device.type == "cpu",  # Triton's interpreter takes bfloat16 for integers
+        )  # fmt: skip
     return Rows(call, row, out[-1], dict(zip(QUANTITIES, out, strict=False)))

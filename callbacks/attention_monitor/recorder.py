@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calls import AttentionCall
-from .capturing import Capture, NoAttentionError, captures_paused, layer_labels, stacks
+from .capturing import Capture, NoAttentionError, captures_paused, final_site, layer_labels, stacks
 from .diagnosis import Diagnosis, HeadRoles
 from .errors import AttentionMonitorError
 from .layers import LayerOutputs, with_layers
@@ -147,21 +147,25 @@ class Recording:
 
     def result(self) -> dict[str, Site]:
         """What has been seen at each module path, in order of execution."""
-        return {self._capture.final_site(name): site for name, site in self._seen.items()}
+        return {final_site(name, self._capture.sites): site for name, site in self._seen.items()}
 
     def result_of_all_ranks(self) -> dict[str, Site]:
         """The same with the totals of all ranks, each of which has to call this; patterns are this rank's own."""
-        own = self.result()
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, {name: (site.is_cross, site.totals.on_cpu()) for name, site in own.items()})
+        mine = {name: (site.is_cross, site.n_heads, site.totals.on_cpu()) for name, site in self._seen.items()}
+        dist.all_gather_object(everyone, (self._capture.sites, mine))
+        n_calls: Counter[str] = Counter()
+        for theirs, _ in everyone:
+            n_calls |= Counter(theirs)  # the larger of each
         merged: dict[str, Site] = {}
-        for theirs in everyone:
-            for name, (is_cross, totals) in theirs.items():
-                site = merged.setdefault(name, Site(HeadTotals(self.statistics), is_cross))
+        for _, sites in everyone:
+            for name, (is_cross, n_heads, totals) in sites.items():
+                empty = Site(HeadTotals(self.statistics), is_cross, n_heads)
+                site = merged.setdefault(final_site(name, n_calls), empty)
                 if totals is not None:
                     site.totals.merge(totals)
-        for name, site in own.items():
-            merged[name].pattern = site.pattern
+        for name, site in self._seen.items():
+            merged[final_site(name, n_calls)].pattern = site.pattern
         return merged
 
     def snapshot(self, step: int, probe: EncodedProbe | None = None, all_ranks: bool = False) -> Snapshot:

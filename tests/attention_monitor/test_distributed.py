@@ -60,6 +60,34 @@ def test_every_rank_has_the_numbers_of_the_whole_batch_and_rank_zero_writes_them
                 assert ours[name] == pytest.approx(expected[name], abs=1e-6), name
 
 
+class Twice(Project):
+    """Calls its layers once more on a rank of its own."""
+
+    def forward(self, tokens):
+        super().forward(tokens)
+        for block in self.blocks if dist.is_initialized() and dist.get_rank() == 1 else ():
+            x = block(block(self.embedding(tokens)))
+        return x if dist.get_rank() == 1 else None
+
+
+def call_twice(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    recorder = AttentionRecorder(Twice().eval(), statistics=NAMES, all_ranks=True)
+    with recorder.step(0), torch.no_grad():
+        recorder.model(BATCH)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(recorder.snapshots["live"].sites))
+    recorder.close(complete=False)
+    dist.destroy_process_group()
+
+
+def test_sites_have_one_name_on_all_ranks_though_one_calls_a_module_more_often(tmp_path):
+    mp.spawn(call_twice, (str(tmp_path),), nprocs=2)
+    sites = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert sites[0] == sites[1]
+    assert sorted(sites[0]) == [f"blocks.{layer}[{i}]" for layer in (0, 1) for i in (0, 1, 2)]
+
+
 def test_no_data_anywhere_is_no_snapshot(tmp_path):
     mp.spawn(work, ([None, None], str(tmp_path)), nprocs=2)
     assert json.loads((tmp_path / "0.json").read_text())[0] is None

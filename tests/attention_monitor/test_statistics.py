@@ -416,3 +416,16 @@ def test_nan_is_in_every_mean():
     found = summarize(make_call(q, torch.randn(1, 1, 5, 4), is_causal=True), list(STATISTICS))
     finite = {name for name, values in found.items() if values.isfinite().all()}
     assert finite == {"nonfinite_fraction", "nonfinite_query", "nonfinite_key", "nonfinite_value", "fully_masked_rows"}
+
+
+def test_an_infinite_key_that_is_masked_and_does_no_harm_is_no_alarm():
+    q, k = -torch.rand(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
+    k[0, 0, 5] = torch.tensor([torch.inf, 0, 0, 0])
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 5] = False
+    for one in (mask, torch.zeros(1, 1, 6, 6).masked_fill(~mask, -torch.inf)):
+        found = summarize(make_call(q, k, one))
+        assert found["nonfinite_fraction"].item() == 0
+        assert found["entropy"].isfinite()
+    seen = summarize(make_call(q, k))
+    assert seen["nonfinite_fraction"].item() == 1
