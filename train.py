@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> CLI:
     if ckpt_path is not None and not zipfile.is_zipfile(ckpt_path):
         what = "is not a checkpoint" if Path(ckpt_path).exists() else "does not exist"
         raise InputError(f"{ckpt_path} {what}; give the path of a .ckpt file from an earlier run to --ckpt_path.")
-    if cli.datamodule.uses_stories:
+    if watches_relations(cli):
         relations = RelationProbe(annotated_stories(40), max_tokens=cli.model.hparams["block_size"], every=4)
         for monitor in monitors(cli):
             monitor.probe.append(relations)
@@ -61,6 +61,11 @@ def main(args: Sequence[str] | None = None) -> CLI:
     if cli.trainer.is_global_zero and not cli.trainer.interrupted:
         report(cli, Console())
     return cli
+
+
+def watches_relations(cli: CLI) -> bool:
+    """It reads the stories, and enough of one that words refer to others."""
+    return cli.datamodule.uses_stories and cli.model.hparams["block_size"] >= 32
 
 
 def monitors(cli: CLI) -> list[AttentionMonitor]:
@@ -82,7 +87,7 @@ def report(cli: CLI, console: Console) -> None:
             console.print(f"Mean normalized entropy of all heads: {before:.3f} -> {after:.3f} ({steps})")
         if monitor.roles:
             console.print(role_table(monitor.roles))
-    if cli.datamodule.uses_stories:
+    if watches_relations(cli):
         console.print(relation_table(cli.model, cli.datamodule))
     console.print(head_table(cli.model, cli.datamodule))
     if cli.trainer.loggers and cli.trainer.log_dir is not None:
