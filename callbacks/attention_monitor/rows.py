@@ -46,16 +46,6 @@ class Rows:
         distance: sum_j p_ij |i - j|.
     """
 
-    max_score: Tensor
-    sum_exp: Tensor
-    sum_exp_shifted: Tensor
-    own_weight: Tensor
-    previous_weight: Tensor
-    first_weight: Tensor
-    later_weight: Tensor
-    sum_of_squares: Tensor
-    distance: Tensor
-
     def __init__(self, call: AttentionCall, row: Tensor, n_keys: Tensor, quantities: dict[str, Tensor]) -> None:
         self.call, self.row, self.n_keys = call, row, n_keys
         self.query_pos = row + call.query_offset
@@ -181,27 +171,27 @@ class RowBlock(Rows):
         return F.pad(chosen, (before, R - before - chosen.shape[-1]))
 
     @cached_property
-    def own_weight(self) -> Tensor:  # type: ignore[override]
+    def own_weight(self) -> Tensor:
         return self.weight_at(0)
 
     @cached_property
-    def previous_weight(self) -> Tensor:  # type: ignore[override]
+    def previous_weight(self) -> Tensor:
         return self.weight_at(-1)
 
     @cached_property
-    def first_weight(self) -> Tensor:  # type: ignore[override]
+    def first_weight(self) -> Tensor:
         return self._exp[..., 0] / self.sum_exp
 
     @cached_property
-    def later_weight(self) -> Tensor:  # type: ignore[override]
+    def later_weight(self) -> Tensor:
         return self.position_weights.masked_fill(self.key_pos <= self.query_pos[:, None], 0).sum(-1)
 
     @cached_property
-    def sum_of_squares(self) -> Tensor:  # type: ignore[override]
+    def sum_of_squares(self) -> Tensor:
         return (self._exp * self._exp).sum(-1) / self.sum_exp**2
 
     @cached_property
-    def distance(self) -> Tensor:  # type: ignore[override]
+    def distance(self) -> Tensor:
         distance = (self.query_pos[:, None] - self.key_pos).abs().to(self._exp.dtype)  # (R, positions)
         return (self.position_weights * distance).sum(-1)
 
