@@ -379,6 +379,19 @@ def stacks(sites: Sequence[str], cross: Sequence[bool]) -> list[str]:
     return [names[key] if used[names[key]] == 1 else f"{names[key]} ({'cross' if key[1] else 'self'})" for key in keys]
 
 
+def in_order(sites: Sequence[str], cross: Sequence[bool]) -> tuple[list[int], list[str], list[str]]:
+    """Sites as they are shown: those of a stack together, otherwise in order of execution.
+
+    Returns:
+        order: indices into ``sites``.
+        stacks: of each, in that order.
+        labels: likewise.
+    """
+    found = stacks(sites, cross)
+    order = sorted(range(len(sites)), key=lambda i: found.index(found[i]))
+    return order, [found[i] for i in order], layer_labels([sites[i] for i in order])
+
+
 def layer_labels(sites: list[str]) -> list[str]:
     """Short labels for sites: ``L00``, ``L01`` ... for a plain stack of layers, the module path otherwise.
 

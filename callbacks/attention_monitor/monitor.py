@@ -119,6 +119,15 @@ class AttentionMonitor(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._roles.load(state_dict["roles"])
 
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """With other options the key is another, and roles go on all the same."""
+        states = checkpoint.get("callbacks", {})
+        of_monitors = [state for key, state in states.items() if key.startswith(f"{type(self).__qualname__}{{")]
+        if self.state_key not in states and len(of_monitors) == 1:
+            self.load_state_dict(of_monitors[0])
+
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
         tokenizers = (getattr(owner, "tokenizer", None) for owner in owners)

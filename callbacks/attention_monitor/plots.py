@@ -1,193 +1,340 @@
-"""Arrays -> pixels. The only module that imports matplotlib; keeps no pyplot state.
+"""Arrays -> matplotlib: pictures of attention for papers, notebooks and the command line.
 
-A picture that is drawn at every sample (``Live``) has its axes, ticks and labels drawn once, by matplotlib, and its
-data painted over that each time, a whole number of pixels a cell: drawing all of it anew takes ten times as long.
+Functions take arrays (numpy, or torch tensors on any device and in any dtype) and an optional ``Axes``, and return the
+``Axes`` or ``Figure`` they drew in, in the habit of matplotlib and seaborn. Nothing is shown or saved, and pyplot is
+not touched: save with ``axes.figure.savefig(path)``; a notebook shows ``axes.figure`` after ``%matplotlib inline``.
+
+Shapes: L layers, H heads, Q queries, K keys. In a map queries go downwards and keys across; colour is the weight on a
+square-root scale, so that diffuse rows can be told apart. Colours are safe for the colour-blind.
 """
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import Colormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.ticker import MaxNLocator
 
-DPI = 100
-MAX_TOKEN_LABELS = 40  # positions of a map that get a label each
+from .errors import AttentionMonitorError
+
 COLOURS = colormaps["viridis"].with_extremes(bad="white")
+DIFFERENCES = colormaps["RdBu_r"].with_extremes(bad="lightgrey")  # red: more weight
+
+MAX_LABELS = 80  # positions of a map that get a label each; longer ones are numbered
+MAX_WRITTEN = 12  # positions of a map up to which weights are written into its cells
+MAX_LABEL_WIDTH = 12  # characters; those of wide scripts count twice
+LABEL_INCHES = 0.19  # that a position with a label takes
+
+
+def plot_head(
+    pattern: Any,
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    vmax: float | None = 1.0,
+    annotate: bool | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """The map of one head.
+
+    Args:
+        pattern: (Q, K) weights.
+        tokens: labels of the queries, and of the keys too, if there are as many.
+        key_tokens: labels of the keys, where they are others (cross-attention).
+        ax: where to draw; None: a new figure of a fitting size.
+        title: above the map.
+        vmax: weight with the brightest colour; None: the largest there is.
+        annotate: write weights into the cells; None: if there are at most 12 x 12.
+        colorbar: draw one beside the map.
+
+    Raises:
+        AttentionMonitorError: on an array of another shape, or labels of another number.
+    """
+    weights = _array(pattern, "pattern", "(Q, K)")
+    norm = _weight_norm([weights], vmax)
+    return _map(weights, tokens, key_tokens, ax, title, norm, COLOURS, annotate, "weight" if colorbar else None)
+
+
+def plot_difference(
+    before: Any,
+    after: Any,
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    vmax: float | None = None,
+    annotate: bool | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """How the map of one head has changed, after - before, on a diverging scale with 0 in its middle.
+
+    Args:
+        before: (Q, K) weights.
+        after: (Q, K) weights.
+        vmax: difference with the strongest colour; None: the largest there is.
+
+    The others are those of ``plot_head``.
+    """
+    difference = _difference(before, after, "(Q, K)")
+    norm = _difference_norm([difference], vmax)
+    label = "difference of weights" if colorbar else None
+    return _map(difference, tokens, key_tokens, ax, title, norm, DIFFERENCES, annotate, label)
+
+
+def plot_heads(
+    patterns: Any,
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+    vmax: float | None = 1.0,
+) -> Figure:
+    """The maps of several heads, side by side, with one colour scale.
+
+    Args:
+        patterns: (H, Q, K) weights.
+        tokens: labels of the queries, and of the keys too, if there are as many; not drawn where there is no room.
+        key_tokens: labels of the keys, where they are others.
+        names: of the heads; None: H0, H1, ...
+        title: above the maps.
+        vmax: weight with the brightest colour; None: the largest there is.
+    """
+    maps = list(_array(patterns, "patterns", "(H, Q, K)"))
+    names = names or [f"H{head}" for head in range(len(maps))]
+    return _page(maps, names, tokens, key_tokens, title, _weight_norm(maps, vmax), COLOURS, "weight")
+
+
+def plot_differences(
+    before: Any,
+    after: Any,
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+    vmax: float | None = None,
+) -> Figure:
+    """``plot_difference`` of several heads (H, Q, K), side by side, with one colour scale."""
+    maps = list(_difference(before, after, "(H, Q, K)"))
+    names = names or [f"H{head}" for head in range(len(maps))]
+    norm = _difference_norm(maps, vmax)
+    return _page(maps, names, tokens, key_tokens, title, norm, DIFFERENCES, "difference of weights")
+
+
+def plot_layers(
+    patterns: Sequence[Any],
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+    vmax: float | None = 1.0,
+) -> Figure:
+    """A map for each layer, averaged over its heads.
+
+    Args:
+        patterns: of each layer (H, Q, K), which is averaged over H, or (Q, K); layers may differ in their shapes.
+        names: of the layers; None: L0, L1, ...
+
+    The others are those of ``plot_heads``.
+    """
+    maps = []
+    for layer in patterns:
+        weights = _array(layer, "a layer's pattern", "(H, Q, K)", "(Q, K)")
+        maps.append(weights.mean(0) if weights.ndim == 3 else weights)
+    names = names or [f"L{layer}" for layer in range(len(maps))]
+    return _page(maps, names, tokens, key_tokens, title, _weight_norm(maps, vmax), COLOURS, "weight")
+
+
+def plot_flow(
+    flow: Mapping[str, Sequence[Any]],
+    names: Sequence[str] | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Where attention goes from layer to layer: lines are means over heads, bands reach from the lowest to the highest.
+
+    Args:
+        flow: what it goes to -> for each layer the share of each head, (H,), or one number; NaN is left out.
+        names: of the layers; None: their numbers.
+        ax: where to draw; None: a new figure.
+    """
+    lines = {what: [_array(x, what, "(H,)", "()").reshape(-1) for x in shares] for what, shares in flow.items()}
+    if not lines or len({len(shares) for shares in lines.values()} | {0}) != 2:
+        found = {what: len(shares) for what, shares in lines.items()}
+        raise AttentionMonitorError(f"flow must have the same layers, one or more, for each line, got {found}.")
+    n_layers = len(next(iter(lines.values())))
+    names = _checked_labels(names, n_layers, "names", "layers") or [str(layer) for layer in range(n_layers)]
+    ax = ax if ax is not None else _new_axes(max(4.5, min(16, 1.5 + 0.45 * n_layers)), 3.6)
+    layers = np.arange(n_layers)
+    for i, (what, shares) in enumerate(lines.items()):
+        finite = [x[np.isfinite(x)] for x in shares]
+        mean, low, high = (
+            np.array([reduce(x) if len(x) else np.nan for x in finite]) for reduce in (np.mean, np.min, np.max)
+        )
+        ax.plot(layers, mean, color=f"C{i}", marker="osD^v"[i % 5], label=what)
+        ax.fill_between(layers, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+    ax.set(ylim=(-0.02, 1.02), xlabel="layer", ylabel="share of attention")
+    long = max(map(len, names)) > 4
+    ax.set_xticks(layers, names, parse_math=False, rotation=90 if long else 0, fontsize=7 if long else 9)
+    ax.legend(loc="best", framealpha=0.6)
+    if title:
+        ax.set_title(title, parse_math=False)
+    return ax
+
+
+def plot_matrix(
+    values: Sequence[Any],
+    names: Sequence[str] | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    annotate: bool | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """One number of every head: layers downwards, heads across.
+
+    Args:
+        values: (L, H), or (H,) of each layer, where layers differ in their heads; NaN leaves a cell white.
+        names: of the layers; None: L0, L1, ...
+        ax: where to draw; None: a new figure.
+        vmin: value with the darkest colour; None: the smallest there is.
+        vmax: value with the brightest colour; None: the largest there is.
+        annotate: write values into the cells; None: if there are at most 32 heads.
+        colorbar: draw one beside the matrix.
+    """
+    rows = [_array(row, "a row of values", "(H,)") for row in values]
+    if not rows or not max(map(len, rows)):
+        raise AttentionMonitorError("values must have a layer with a head, (L, H), got none.")
+    matrix = np.full((len(rows), max(map(len, rows))), np.nan)
+    for layer, row in enumerate(rows):
+        matrix[layer, : len(row)] = row
+    names = _checked_labels(names, len(rows), "names", "layers") or [f"L{layer}" for layer in range(len(rows))]
+    written = matrix.shape[1] <= 32 if annotate is None else annotate
+    if ax is None:
+        cell = 0.5 if written else 0.2
+        label = 0.09 * max(map(len, names))
+        ax = _new_axes(max(3, matrix.shape[1] * cell + label + 1.2), max(1.5, matrix.shape[0] * 0.3 + 0.9))
+    norm = Normalize(vmin, vmax)
+    finite = matrix[np.isfinite(matrix)]
+    norm.autoscale_None(finite if len(finite) else np.zeros(1))
+    ax.imshow(matrix, cmap=COLOURS, norm=norm, aspect="auto", interpolation="nearest")
+    ax.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8)
+    if matrix.shape[1] <= 32:
+        ax.set_xticks(range(matrix.shape[1]), [f"H{head}" for head in range(matrix.shape[1])], fontsize=8)
+    else:
+        ax.set_xlabel("head")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    if written:
+        _write_cells(ax, matrix, norm, COLOURS, 7.5, short_number)
+    if colorbar:
+        ax.figure.colorbar(ScalarMappable(norm, COLOURS), ax=ax, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
+    if title:
+        ax.set_title(title, parse_math=False, fontsize=10)
+    return ax
+
+
+def animate_head(
+    patterns: Any,
+    steps: Sequence[Any],
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    title: str = "",
+    vmax: float | None = 1.0,
+    interval: int = 400,
+) -> FuncAnimation:
+    """How the map of one head changes: ``animation.save("head.gif", writer="pillow")``.
+
+    Args:
+        patterns: (N, Q, K) weights, one map for each frame.
+        steps: (N,) numbers that are written above the frames.
+        title: above every frame, before the step.
+        interval: milliseconds that a frame stays.
+
+    The others are those of ``plot_head``.
+    """
+    maps = _array(patterns, "patterns", "(N, Q, K)")
+    if len(steps) != len(maps) or not len(maps):
+        raise AttentionMonitorError(
+            f"There must be a step for each of one or more maps, got {len(steps)}, {len(maps)}."
+        )
+
+    def heading(frame: int) -> str:
+        return f"{title}  step {steps[frame]}".strip()
+
+    norm = _weight_norm(maps, vmax)
+    ax = _map(maps[0], tokens, key_tokens, None, heading(0), norm, COLOURS, False, "weight")
+    figure, [image] = ax.get_figure(), ax.get_images()
+    assert isinstance(figure, Figure)
+
+    def draw(frame: int) -> tuple[Any, ...]:
+        image.set_data(maps[frame])
+        return image, ax.set_title(heading(frame), parse_math=False, fontsize=10)
+
+    return FuncAnimation(figure, draw, frames=len(maps), interval=interval, blit=False)
 
 
 def readable(token: str) -> str:
-    """A token as a short label: white space and control characters made visible, nothing interpreted."""
-    text = token.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
-    text = "".join(c if ord(c) in _drawable() else "▯" if c.isprintable() else "�" for c in text)
-    return text if len(text) <= 12 else text[:11] + "…"
+    """A token as a short label: white space and control characters made visible, nothing interpreted.
+
+    Characters that no installed font has become ▯.
+    """
+    text = token.replace(" ", "·").replace("\n", "↵").replace("\r", "↵").replace("\t", "→")
+    text = "".join((c if _font_of(c) else "▯") if _is_visible(c) else "�" for c in text)
+    widths = np.cumsum([2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text])
+    return (
+        text if not len(text) or widths[-1] <= MAX_LABEL_WIDTH else text[: int((widths < MAX_LABEL_WIDTH).sum())] + "…"
+    )
+
+
+def undrawable(tokens: Iterable[str]) -> str:
+    """Characters of labels that no installed font has, each once."""
+    return "".join(dict.fromkeys(c for token in tokens for c in token if c.isprintable() and not _font_of(c)))
+
+
+def font_families(texts: Iterable[str]) -> list[str]:
+    """Fonts that have the characters of texts between them, for matplotlib's ``fontfamily``."""
+    found = dict.fromkeys(family for text in texts for c in text if (family := _font_of(c)))
+    return list(dict.fromkeys(["DejaVu Sans", *found]))
+
+
+def _is_visible(c: str) -> bool:
+    # combining marks join what stands before them, among them those that emoji are put together with
+    return c.isprintable() or unicodedata.category(c) == "Mn"
 
 
 @cache
-def _drawable() -> frozenset[int]:
-    """Characters of the font; matplotlib would warn about every other one."""
-    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
+def _font_of(c: str) -> str | None:
+    """Name of an installed font that has a character: matplotlib's own, if it does."""
+    if ord(c) in _charmap(findfont("DejaVu Sans")):
+        return "DejaVu Sans"
+    others = (font for font in fontManager.ttflist if not font.name.startswith("Last Resort"))  # boxes for everything
+    return next((font.name for font in others if ord(c) in _charmap(font.fname)), None)
 
 
-class Live:
-    """A grid of coloured cells in a figure of which all but the cells is drawn once.
-
-    Args:
-        grid: (rows, columns).
-        cell: (height, width) of a cell in pixels.
-        margins: left, right, top, bottom in pixels.
-        title: above the grid.
-    """
-
-    def __init__(
-        self, grid: tuple[int, int], cell: tuple[int, int], margins: tuple[int, int, int, int], title: str
-    ) -> None:
-        self.cell = cell
-        self.left, right, self.top, bottom = margins
-        height, width = grid[0] * cell[0], grid[1] * cell[1]
-        self._total = (width + self.left + right, height + self.top + bottom)
-        self.figure = Figure(figsize=(self._total[0] / DPI, self._total[1] / DPI), dpi=DPI)
-        self.axes = self.add_axes(self.left, self.top, width, height)
-        self.axes.set(xlim=(-0.5, grid[1] - 0.5), ylim=(grid[0] - 0.5, -0.5))
-        self.axes.tick_params(length=0, pad=2)
-        self.axes.spines[:].set_visible(False)
-        self.write(title, 6, 14, 9)
-        self._rest: np.ndarray | None = None
-
-    def add_axes(self, left: int, top: int, width: int, height: int) -> Axes:
-        """Axes at a place in pixels from the top left."""
-        W, H = self._total
-        return self.figure.add_axes((left / W, (H - top - height) / H, width / W, height / H))
-
-    def write(self, text: str, x: float, y: float, fontsize: float, ha: str = "left") -> None:
-        """Text with the middle of its height at a place in pixels from the top left."""
-        W, H = self._total
-        self.figure.text(x / W, 1 - y / H, text, fontsize=fontsize, ha=ha, va="center", parse_math=False)
-
-    def paint(self, values: np.ndarray, norm: Normalize) -> np.ndarray:
-        """Pixels (height, width, 3), uint8, with ``values`` (rows, columns) in the cells; NaN is white."""
-        if self._rest is None:
-            canvas = FigureCanvasAgg(self.figure)
-            canvas.draw()
-            self._rest = np.array(canvas.buffer_rgba())[..., :3]
-        colours = COLOURS(norm(np.ma.masked_invalid(values)), bytes=True)[..., :3]
-        cells = colours.repeat(self.cell[0], axis=0).repeat(self.cell[1], axis=1)
-        pixels = self._rest.copy()
-        pixels[self.top : self.top + cells.shape[0], self.left : self.left + cells.shape[1]] = cells
-        return pixels
-
-
-class Mosaic(Live):
-    """All maps of a model in one Axes: layers from top to bottom, heads from left to right.
-
-    Within a map, queries from top to bottom, keys from left to right; colour is the weight, 0..1, on a square-root
-    scale so that diffuse rows can be told apart. Where maps differ in size, the smaller ones are stretched.
-
-    Args:
-        shapes: (H, Q, K) for each layer.
-        labels: for each layer.
-        tokens: labels of the positions; None: positions are not labelled.
-        title: above the maps.
-        are_heads: columns are heads, and labelled so.
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        labels: Sequence[str],
-        tokens: Sequence[str] | None,
-        title: str,
-        are_heads: bool = True,
-    ) -> None:
-        self._are_heads = are_heads
-        n_heads, Q, K = (max(shape[axis] for shape in shapes) for axis in range(3))
-        self._largest = Q, K
-        gap = max(1, round(max(Q, K) / 16))
-        self._row, self._column = Q + gap, K + gap
-        self.grid = (self._row * len(shapes) - gap, self._column * n_heads - gap)
-        labelled = tokens is not None and max(Q, K) <= MAX_TOKEN_LABELS
-        # whole pixels per cell: enough for a label beside it, or for a map of 120 pixels, up to 3000 in all
-        cell = max(8 if labelled else 1, 120 // max(Q, K))
-        cell = max(1, min(cell, 3000 // max(self.grid)))
-        label_width = 8 + 7 * max(map(len, labels))
-        left, bottom = (label_width + 70, 80) if labelled else (label_width + 6, 12)
-        super().__init__(self.grid, (cell, cell), (left, 70, 40, bottom), title)
-        self.norm = PowerNorm(0.5, 0, 1)
-        self._label(labels, n_heads, (Q, K), [readable(token) for token in tokens or ()] if labelled else [])
-        bar_height = min(self.grid[0] * cell, 200)
-        bar = self.add_axes(left + self.grid[1] * cell + 12, 40, 10, bar_height)
-        self.figure.colorbar(ScalarMappable(self.norm, COLOURS), cax=bar).ax.tick_params(labelsize=7)
-
-    def _label(self, labels: Sequence[str], n_heads: int, size: tuple[int, int], tokens: list[str]) -> None:
-        Q, K = size
-        rows = [layer * self._row for layer in range(len(labels))]
-        columns = [head * self._column for head in range(n_heads)]
-        self.axes.set_yticks([row + query for row in rows for query in range(len(tokens[:Q]))])
-        self.axes.set_yticklabels(tokens[:Q] * len(rows), fontsize=5.5, parse_math=False)
-        self.axes.set_xticks([column + key for column in columns for key in range(len(tokens[:K]))])
-        self.axes.set_xticklabels(tokens[:K] * len(columns), fontsize=5.5, rotation=90, parse_math=False)
-        for label, row in zip(labels, rows, strict=True):
-            self.write(label, 6, self.top + (row + Q / 2) * self.cell[0], 8)
-        for head, column in enumerate(columns if self._are_heads else ()):
-            self.write(f"H{head}", self.left + (column + K / 2) * self.cell[1], self.top - 9, 8, ha="center")
-
-    def draw(self, patterns: Sequence[np.ndarray]) -> np.ndarray:
-        """Pixels (height, width, 3), uint8, for patterns (H, Q, K) of each layer, in the shapes given before."""
-        maps = np.full(self.grid, np.nan, dtype=np.float32)
-        Q, K = self._largest
-        for layer, pattern in enumerate(patterns):
-            for head, weights in enumerate(pattern):
-                row, column = layer * self._row, head * self._column
-                times = Q // max(1, weights.shape[0]), K // max(1, weights.shape[1])
-                weights = weights.repeat(times[0], axis=0).repeat(times[1], axis=1)
-                maps[row : row + weights.shape[0], column : column + weights.shape[1]] = weights
-        return self.paint(maps, self.norm)
-
-
-class HeadMatrix(Live):
-    """One statistic of every head: layers from top to bottom, heads from left to right, values written in the cells.
-
-    Args:
-        n_heads: of each layer.
-        labels: of each layer.
-        title: above the matrix.
-        value_range: of the values, ``low..high``; a bound that is no number is taken from the data of each drawing.
-    """
-
-    def __init__(self, n_heads: Sequence[int], labels: Sequence[str], title: str, value_range: str = "..") -> None:
-        self.grid = (len(n_heads), max(n_heads))
-        left = 14 + 7 * max(map(len, labels))
-        margins = (left, max(20, 8 * len(title) - left - 42 * self.grid[1]), 46, 10)
-        super().__init__(self.grid, (28, 42), margins, title)
-        self.low, self.high = map(_finite_number, value_range.split(".."))
-        self.axes.set_yticks(range(self.grid[0]), labels, fontsize=8, parse_math=False)
-        self.axes.set_xticks(range(self.grid[1]), [f"H{head}" for head in range(self.grid[1])], fontsize=8)
-        self.axes.tick_params(labeltop=True, labelbottom=False)
-        self._font = ImageFont.truetype(findfont("DejaVu Sans"), 10)
-
-    def draw(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """Pixels (height, width, 3), uint8, for values (H,) of each layer; NaN leaves a cell white."""
-        matrix = np.full(self.grid, np.nan)
-        for layer, row in enumerate(values):
-            matrix[layer, : len(row)] = row
-        norm = Normalize(self.low, self.high)
-        norm.autoscale_None(np.ma.masked_invalid(np.nan_to_num(matrix) if np.isnan(matrix).all() else matrix))
-        drawn = Image.fromarray(self.paint(matrix, norm))
-        dark = np.ma.filled(norm(np.ma.masked_invalid(matrix)) < 0.6, False)
-        pen = ImageDraw.Draw(drawn)  # matplotlib takes 40 times as long for a short text
-        for layer, row in enumerate(values):
-            for head, value in enumerate(row):
-                centre = (self.left + (head + 0.5) * self.cell[1], self.top + (layer + 0.5) * self.cell[0])
-                pen.text(
-                    centre, short_number(value), "white" if dark[layer, head] else "black", self._font, anchor="mm"
-                )
-        return np.asarray(drawn)
+@cache
+def _charmap(path: str) -> frozenset[int]:
+    try:
+        return frozenset(get_font(path).get_charmap())
+    except (OSError, RuntimeError):  # gone, or in a format that matplotlib cannot draw
+        return frozenset()
 
 
 def short_number(value: float) -> str:
@@ -199,8 +346,171 @@ def short_number(value: float) -> str:
     return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _finite_number(text: str) -> float | None:
-    try:
-        return float(text) if np.isfinite(float(text)) else None
-    except ValueError:
+def _array(x: Any, name: str, *shapes: str) -> np.ndarray:
+    """Numbers as numpy has them, float64.
+
+    Args:
+        x: tensor or array.
+        name: for the error.
+        shapes: that it may have, such as "(H, Q, K)".
+    """
+    array = x.detach().cpu().double().numpy() if hasattr(x, "detach") else np.asarray(x)
+    if array.dtype.kind not in "fiub" or array.ndim not in [sum(map(str.isalpha, shape)) for shape in shapes]:
+        raise AttentionMonitorError(
+            f"{name} must be numbers of shape {' or '.join(shapes)}, got {array.dtype} of shape {array.shape}."
+        )
+    return array.astype(np.float64)
+
+
+def _difference(before: Any, after: Any, shape: str) -> np.ndarray:
+    a, b = _array(before, "before", shape), _array(after, "after", shape)
+    if a.shape != b.shape:
+        raise AttentionMonitorError(f"Maps of one shape can be compared, got {a.shape} before and {b.shape} after.")
+    return b - a
+
+
+def _weight_norm(maps: Sequence[np.ndarray] | np.ndarray, vmax: float | None) -> Normalize:
+    return PowerNorm(0.5, 0, _largest(maps) if vmax is None else vmax)
+
+
+def _difference_norm(maps: Sequence[np.ndarray], vmax: float | None) -> Normalize:
+    vmax = _largest(maps) if vmax is None else vmax
+    return Normalize(-vmax, vmax)
+
+
+def _largest(maps: Sequence[np.ndarray] | np.ndarray) -> float:
+    """Largest magnitude, 1 where there is nothing but 0 or NaN."""
+    return max((float(np.abs(m[np.isfinite(m)]).max(initial=0)) for m in maps), default=0) or 1.0
+
+
+def _checked_labels(labels: Sequence[str] | None, n: int, name: str, of: str) -> list[str] | None:
+    if labels is None:
         return None
+    if isinstance(labels, str) or len(labels) != n:
+        raise AttentionMonitorError(f"{name} must be a list with a label for each of {n} {of}, got {labels!r}.")
+    return list(labels)
+
+
+def _labels_of_map(
+    shape: tuple[int, ...], tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
+) -> tuple[list[str] | None, list[str] | None]:
+    """Labels of queries and keys."""
+    Q, K = shape
+    if key_tokens is None and tokens is not None and len(tokens) == K:
+        key_tokens = tokens
+    return _checked_labels(tokens, Q, "tokens", "queries"), _checked_labels(key_tokens, K, "key_tokens", "keys")
+
+
+def _new_axes(width: float, height: float) -> Axes:
+    return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def _map_inches(n: int, labelled: bool) -> float:
+    """Side of a map of n positions."""
+    return max(2.4, n * LABEL_INCHES) if labelled else min(8.0, max(3.0, n / 50))
+
+
+def _map(
+    weights: np.ndarray,
+    tokens: Sequence[str] | None,
+    key_tokens: Sequence[str] | None,
+    ax: Axes | None,
+    title: str | None,
+    norm: Normalize,
+    colours: Colormap,
+    annotate: bool | None,
+    colorbar: str | None,
+) -> Axes:
+    """One map, with labels, weights in its cells and a colour bar of that name, as far as they are wanted."""
+    if 0 in weights.shape:
+        raise AttentionMonitorError(f"There is nothing to draw in a map of shape {weights.shape}.")
+    labels = _labels_of_map(weights.shape, tokens, key_tokens)
+    if ax is None:
+        height, width = (
+            _map_inches(n, of is not None and n <= MAX_LABELS) for n, of in zip(weights.shape, labels, strict=True)
+        )
+        ax = _new_axes(width + 1.6, height + 1.2)
+    ax.imshow(weights, cmap=colours, norm=norm, interpolation="nearest" if max(weights.shape) <= 100 else None,
+              aspect="equal" if 0.25 < weights.shape[0] / weights.shape[1] < 4 else "auto")  # fmt: skip
+    _label(ax, *labels, fontsize=7)
+    ax.set(xlabel="key", ylabel="query")
+    if title:
+        ax.set_title(title, parse_math=False, fontsize=10)
+    if max(weights.shape) <= MAX_WRITTEN if annotate is None else annotate:
+        _write_cells(ax, weights, norm, colours, 6.5, lambda value: f"{value:.2f}")
+    if colorbar is not None:
+        bar = ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, fraction=0.046, pad=0.03)
+        bar.set_label(colorbar, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    return ax
+
+
+def _label(ax: Axes, queries: list[str] | None, keys: list[str] | None, fontsize: float) -> None:
+    """Labels of positions; numbers where there are none or too many."""
+    for axis, labels, rotation in ((ax.yaxis, queries, 0), (ax.xaxis, keys, 90)):
+        if labels is not None and len(labels) <= MAX_LABELS:
+            texts = [readable(label) for label in labels]
+            families = font_families(texts)
+            axis.set_ticks(
+                range(len(texts)), texts, fontsize=fontsize, rotation=rotation, parse_math=False, fontfamily=families
+            )
+        else:
+            axis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_tick_params(labelsize=fontsize)
+        axis.set_tick_params(length=0 if labels else 2, pad=2)
+
+
+def _write_cells(ax: Axes, values: np.ndarray, norm: Normalize, colours: Colormap, fontsize: float, form: Any) -> None:
+    """Numbers into the cells, white on dark colours; NaN is left out."""
+    shades = colours(norm(np.ma.masked_invalid(values)))[..., :3] @ (0.299, 0.587, 0.114)
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if shades[row, column] < 0.5 else "black"
+            ax.text(column, row, form(value), ha="center", va="center", fontsize=fontsize, color=colour)
+
+
+def _page(
+    maps: Sequence[np.ndarray],
+    names: Sequence[str],
+    tokens: Sequence[str] | None,
+    key_tokens: Sequence[str] | None,
+    title: str | None,
+    norm: Normalize,
+    colours: Colormap,
+    colorbar: str,
+) -> Figure:
+    """Maps side by side on one page, with one colour bar."""
+    if not maps or any(0 in m.shape for m in maps):
+        raise AttentionMonitorError(f"There is nothing to draw in maps of shapes {[m.shape for m in maps]}.")
+    names = _checked_labels(names, len(maps), "names", "maps") or []
+    labels = [_labels_of_map(m.shape, tokens, key_tokens) for m in maps]
+    n = max(max(m.shape) for m in maps)
+    columns = min(len(maps), max(1, round(np.sqrt(1.4 * len(maps)))))
+    rows = -(-len(maps) // columns)
+    side = n * LABEL_INCHES
+    labelled = tokens is not None and n <= MAX_LABELS and columns * (side + 0.8) <= 26
+    if labelled:
+        long = max(len(readable(token)) for pair in labels for of in pair for token in of or [""])
+        side, gap = max(1.6, side), (0.3 + 0.06 * long, 0.4 + 0.06 * long)  # labels at the left and below, names above
+    else:  # a pixel or more for each position, as far as 4000 pixels go
+        side, gap = min(36 / columns, max(1.3, n / 100, min(4, 11 / columns))), (0.12, 0.28)
+    left, top, bar = 0.15, 0.75 if title else 0.45, 0.75
+    width, height = left + columns * (side + gap[0]) + bar, top + rows * (side + gap[1])
+    figure = Figure(figsize=(width, height))
+    for i, (weights, name) in enumerate(zip(maps, names, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = left + gap[0] + column * (side + gap[0]), top + row * (side + gap[1])
+        ax = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
+        ax.imshow(weights, cmap=colours, norm=norm, aspect="auto", interpolation="nearest" if n <= 100 else None)
+        if labelled:
+            _label(ax, *labels[i], fontsize=6.5)
+        else:
+            ax.set(xticks=[], yticks=[])
+        ax.set_title(name, parse_math=False, fontsize=8, pad=2)
+    x, length = width - bar + 0.15, min(3.0, height - top - 0.2)
+    scale = figure.add_axes((x / width, 1 - (top + length) / height, 0.12 / width, length / height))
+    figure.colorbar(ScalarMappable(norm, colours), cax=scale).ax.tick_params(labelsize=6)
+    scale.set_title(colorbar.replace(" of ", "\nof "), fontsize=6)
+    if title:
+        figure.text(left / width, 1 - 0.22 / height, title, fontsize=11, va="center", parse_math=False)
+    return figure

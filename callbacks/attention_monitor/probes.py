@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .calls import AttentionCall
-from .errors import AttentionMonitorError
+from .errors import AttentionMonitorError, is_whole
 from .rows import RowBlock, spans
 from .snapshots import HeadScore
 
@@ -58,7 +58,7 @@ class ProbeBatch:
     def run(self, model: nn.Module, device: torch.device) -> None:
         """Call the model on it."""
         inputs = dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs  # of transformers, a UserDict
-        inputs = tree_map_only(Tensor, lambda x: x.to(device), inputs)
+        inputs = tree_map_only(Tensor, lambda x: x.to(device, copy=True), inputs)  # a model may write into them
         if isinstance(inputs, Mapping):
             model(**inputs)
         elif isinstance(inputs, list | tuple):
@@ -146,22 +146,22 @@ class TextProbe(Probe):
     largest weight is at one offset (Voita et al. 2019).
 
     Attributes:
-        text: what the model reads.
+        text: what the model reads, or its token ids.
         tokenizer: anything with ``encode(text)`` and ``decode(ids)``: a tiktoken ``Encoding``, a Hugging Face
             tokenizer; None: the ``tokenizer`` attribute of the datamodule or the model.
         name: of its pictures, ``attention_maps/{name}``.
         every: sampled steps from one run to the next.
     """
 
-    text: str
+    text: str | Sequence[int]
     tokenizer: Any = None
     name: str = "text"
     every: int = 1
 
     def encode(self, tokenizer: Any = None) -> EncodedProbe:
         tokenizer = _checked(self.tokenizer or tokenizer, f"{self.text!r} is a text", "TextProbe(text, tokenizer)")
-        ids = _token_ids(tokenizer, self.text)
-        labels = [tokenizer.decode([i]) for i in ids]
+        ids = token_ids(tokenizer, self.text)
+        labels = token_labels(tokenizer, ids)
         batch = ProbeBatch(torch.tensor([ids]), position_scores)
         return EncodedProbe(self.name, [batch], POSITION_SCORES, labels, is_drawn=True, every=self.every)
 
@@ -256,14 +256,21 @@ class RepeatedTokensProbe(Probe):
                 f"The probe {self.name!r} draws random tokens and no tokenizer says how many there are: give "
                 "RepeatedTokensProbe(vocab_size=...)."
             )
-        if self.n_tokens < 2 or self.n_repeats < 2 or self.n_draws < 1 or size < 2:
+        twos = (size, self.n_tokens, self.n_repeats)
+        if not (all(is_whole(n, 2) for n in twos) and is_whole(self.n_draws, 1) and is_whole(self.seed, 0)):
             raise AttentionMonitorError(
-                f"The probe {self.name!r} needs vocab_size, n_tokens and n_repeats of 2 or more and n_draws of 1 or "
-                f"more, got {size}, {self.n_tokens}, {self.n_repeats} and {self.n_draws}."
+                f"The probe {self.name!r} needs vocab_size, n_tokens and n_repeats of 2 or more, n_draws of 1 or more "
+                f"and a seed of 0 or more, got {size}, {self.n_tokens}, {self.n_repeats}, {self.n_draws} and "
+                f"{self.seed}."
             )
         bos = getattr(tokenizer, "bos_token_id", None) if self.bos is None else self.bos
         special = set(getattr(tokenizer, "all_special_ids", None) or ())
         ordinary = torch.tensor([token for token in range(size) if token not in special])
+        if not len(ordinary) or not (bos is None or is_whole(bos, 0)):
+            raise AttentionMonitorError(
+                f"The probe {self.name!r} needs tokens that are not special and a token to begin with, got "
+                f"{len(ordinary)} of {size} and bos={bos!r}; give vocab_size= and bos=."
+            )
         generator = torch.Generator().manual_seed(self.seed)
         rows = []
         for _ in range(self.n_draws):
@@ -309,14 +316,18 @@ class RelationProbe(Probe):
     every: int = 1
 
     def _checked_examples(self) -> Sequence[Example]:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise AttentionMonitorError(f"max_tokens of the probe {self.name!r} must be 1 or more: {self.max_tokens}.")
+        if self.max_tokens is not None and not is_whole(self.max_tokens, 1):
+            raise AttentionMonitorError(
+                f"max_tokens of the probe {self.name!r} must be 1 or more, got {self.max_tokens!r}."
+            )
         examples = self.examples() if callable(self.examples) else self.examples
-        for example in [examples] if isinstance(examples, str) else examples:
-            pairs = example[1] if isinstance(example, list | tuple) and len(example) == 2 else None
-            if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
+        for example in examples if isinstance(examples, list | tuple) else [examples]:
+            text, pairs = example if isinstance(example, list | tuple) and len(example) == 2 else (None, None)
+            is_text = isinstance(text, str) or (isinstance(text, list | tuple) and all(is_whole(i, 0) for i in text))
+            if not is_text or not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
                 raise AttentionMonitorError(
-                    f"An example of the probe {self.name!r} is (text, [(query, key, relation), ...]), got {example!r}."
+                    f"An example of the probe {self.name!r} is (text, [(query, key, relation), ...]), the relation a "
+                    f"name of letters, digits, spaces, - and _; got {example!r}."
                 )
         return examples
 
@@ -364,7 +375,8 @@ class _Pair:
 
 
 def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, list | tuple) and len(pair) == 3 and isinstance(pair[2], str) and pair[2] != ""
+    is_triple = isinstance(pair, list | tuple) and len(pair) == 3 and isinstance(pair[2], str)
+    return is_triple and re.fullmatch(r"[\w -]+", pair[2]) is not None  # it goes into tags
 
 
 def _encode_example(text: str | Sequence[int], given: Sequence[Pair], tokenizer: Any) -> tuple[list[int], list[_Pair]]:
@@ -373,7 +385,7 @@ def _encode_example(text: str | Sequence[int], given: Sequence[Pair], tokenizer:
         tokenizer = _checked(tokenizer, "has texts", "RelationProbe(examples, tokenizer)")
         ids, where = _token_spans(tokenizer, text)
     else:
-        ids, where = [int(i) for i in text], None
+        ids, where = token_ids(tokenizer, text), None
     pairs = []
     for query, key, relation in given:
         query_tokens, key_tokens = (_positions(place, text, where, len(ids)) for place in (query, key))
@@ -394,15 +406,18 @@ def _positions(place: Any, text: str | Sequence[int], where: list[tuple[int, int
         return range(place, place + 1)
     assert isinstance(text, str)
     if isinstance(place, str):
-        found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(place)}(?!\w)", text)]
+        # a word ends where others begin; punctuation stands by itself
+        before, after = (r"(?<!\w)" if place[:1].isalnum() else ""), (r"(?!\w)" if place[-1:].isalnum() else "")
+        found = [match.span() for match in re.finditer(f"{before}{re.escape(place)}{after}", text)] if place else []
         if len(found) != 1:
             raise AttentionMonitorError(
                 f"The word {place!r} occurs {len(found)} times in {text!r}; give (start, stop) of its characters."
             )
         place = found[0]
-    if not isinstance(place, list | tuple) or len(place) != 2:
+    is_span = isinstance(place, list | tuple) and len(place) == 2 and all(is_whole(at, 0) for at in place)
+    if not is_span or not place[0] < place[1] <= len(text):
         raise AttentionMonitorError(
-            f"In a text a query or key is a word, or (start, stop) of its characters, got {place!r}."
+            f"In a text a query or key is a word, or (start, stop) of its {len(text)} characters, got {place!r}."
         )
     start, stop = place
     tokens = [i for i, (first, last) in enumerate(where) if first < stop and last > start]
@@ -416,7 +431,7 @@ def _token_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, 
     if getattr(tokenizer, "is_fast", False):  # of transformers
         encoded = tokenizer(text, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
-    ids = _token_ids(tokenizer, text)
+    ids = token_ids(tokenizer, text)
     ends = [0, *(len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids)))]
     if tokenizer.decode(ids) != text:
         raise AttentionMonitorError(
@@ -437,13 +452,50 @@ def _checked(tokenizer: Any, what: str, instead: str) -> Any:
     return tokenizer
 
 
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    # tiktoken's plain `encode` refuses texts that contain special tokens
-    encoded = getattr(tokenizer, "encode_ordinary", tokenizer.encode)(text)
-    ids = [int(i) for i in getattr(encoded, "ids", encoded)]  # `tokenizers` wraps them
+def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token stands for; of a character that several share, such as an emoji, the first has it, others ⋯."""
+    labels: list[str] = []
+    while len(labels) < len(ids):
+        start = len(labels)
+        for stop in range(start + 1, min(start + 8, len(ids)) + 1):
+            label = tokenizer.decode(list(ids[start:stop]))
+            if not isinstance(label, str):
+                raise AttentionMonitorError(
+                    f"The tokenizer's decode gives {label!r} for a token; it has to give a text."
+                )
+            if "\ufffd" not in label:
+                labels += [label, *["⋯"] * (stop - start - 1)]
+                break
+        else:  # no character
+            labels.append(tokenizer.decode([ids[start]]))
+    return labels
+
+
+def token_ids(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
+    """The tokens of a text, which may be they already.
+
+    Raises:
+        AttentionMonitorError: when there are none, or the tokenizer does not give any.
+    """
+    encoded: Any = text
+    if isinstance(text, str):
+        # tiktoken's plain `encode` refuses texts that contain special tokens
+        encode = getattr(tokenizer, "encode_ordinary", tokenizer.encode)
+        try:
+            encoded = encode(text)
+        except Exception as error:
+            raise AttentionMonitorError(
+                f"The tokenizer could not encode the probe {text!r}: {type(error).__name__}: {error}"
+            ) from error
+        encoded = getattr(encoded, "ids", encoded)  # `tokenizers` wraps them
+    ids = encoded.tolist() if isinstance(encoded, Tensor | np.ndarray) else encoded
+    if not isinstance(ids, list | tuple) or not all(is_whole(i, 0) for i in ids):
+        raise AttentionMonitorError(
+            f"A probe is a text that the tokenizer makes a list of token ids of, or that list; got {ids!r}."
+        )
     if not ids:
         raise AttentionMonitorError(f"The probe {text!r} has no tokens; give a text to look at.")
-    return ids
+    return list(ids)
 
 
 def _vocab_size(tokenizer: Any) -> int | None:

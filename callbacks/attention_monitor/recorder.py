@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calls import AttentionCall
-from .capturing import Capture, NoAttentionError, captures_paused, final_site, layer_labels, stacks
+from .capturing import Capture, NoAttentionError, captures_paused, final_site, in_order
 from .diagnosis import Diagnosis, HeadRoles
-from .errors import AttentionMonitorError
+from .errors import AttentionMonitorError, is_whole
 from .layers import LayerOutputs, with_layers
 from .probes import MAX_MAP_SIZE, EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
 from .rows import Workspace
@@ -120,15 +120,17 @@ class Recording:
             self._pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
         for name, values in self.score(call).items() if self.score and call.has_positions else ():
             site.scores[name].append(values)
-        site.totals.add(call)
+        # a statistic of the user's own may draw numbers, and training must not notice
+        with torch.random.fork_rng([call.device] if call.device.type == "cuda" else []):
+            site.totals.add(call)
         self._seen[call.site] = site  # a call that cannot be read leaves nothing
 
     def _on_failure(self, name: str, error: Exception) -> None:
         if name not in self._told:
             self._told.add(name)
             warnings.warn(
-                f"AttentionMonitor: the statistic {name!r} failed and is left out: {type(error).__name__}: {error}. It "
-                "gets a block of rows and returns (B, H, rows), one number a row.",
+                f"AttentionMonitor: the statistic {name!r} failed and is left out: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. It returns (B, H, rows), one number a row.",
                 stacklevel=2,
             )
 
@@ -171,20 +173,19 @@ class Recording:
     def snapshot(self, step: int, probe: EncodedProbe | None = None, all_ranks: bool = False) -> Snapshot:
         """What has been seen, of the probe or else live; sites in order of execution, but those of a stack together."""
         seen = self.result_of_all_ranks() if all_ranks else self.result()
-        found = stacks(list(seen), [site.is_cross for site in seen.values()])
-        names = dict(zip(seen, found, strict=True))
-        sites = sorted(seen, key=lambda site: found.index(names[site]))
+        order, stacks, labels = in_order(list(seen), [site.is_cross for site in seen.values()])
+        sites = [list(seen)[i] for i in order]
         scores = probe.scores if probe else ()
         patterns = [pattern for site in sites if (pattern := seen[site].pattern) is not None]
         return Snapshot(
             step=step,
             source=probe.name if probe else "live",
-            labels=layer_labels(sites),
+            labels=labels,
             sites=sites,
             values=[seen[site].values(scores) for site in sites],
             patterns=patterns if len(patterns) == len(sites) else [],  # other ranks may have seen more
             tokens=probe.labels if probe and not self._pooled else None,
-            stacks=[names[site] for site in sites],
+            stacks=stacks,
             is_cross=[seen[site].is_cross for site in sites],
             scores=scores,
         )
@@ -219,7 +220,7 @@ def check_options(
     """
     whole = {"every_n_steps": every_n_steps, "max_sequences": max_sequences}
     for name, value in (whole if max_tokens is None else whole | {"max_tokens": max_tokens}).items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value, 1):
             raise AttentionMonitorError(f"{name} must be at least 1, got {value!r}; give a whole number.")
     probes = [] if probe is None else list(probe) if isinstance(probe, list | tuple) else [probe]
     checked: list[Probe] = []
@@ -231,9 +232,9 @@ def check_options(
         if not isinstance(one, Probe):
             raise AttentionMonitorError(f"A probe must be a text or a Probe such as TextProbe, got {one!r}.")
         checked.append(one)
-        if not isinstance(one.every, int) or one.every < 1:
+        if not is_whole(one.every, 1):
             raise AttentionMonitorError(f"every= of the probe {one.name!r} must be 1 or more, got {one.every!r}.")
-        if not re.fullmatch(r"\w+", one.name) or one.name == "live":
+        if not isinstance(one.name, str) or not re.fullmatch(r"\w+", one.name) or one.name == "live":
             raise AttentionMonitorError(
                 f"A probe's name is of letters, digits and underscores, and not 'live', got {one.name!r}."
             )
@@ -255,6 +256,11 @@ def check_options(
         "max_tokens": max_tokens,
         "sites": None if patterns is None else list(patterns),
     }
+
+
+def _check_model(model: Any, what: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise AttentionMonitorError(f"{what} a torch.nn.Module, got {model!r}.")
 
 
 def _check_tags(probes: Sequence[EncodedProbe], statistics: Sequence[str]) -> None:
@@ -293,6 +299,9 @@ def run_probe(
         NoAttentionError: when the model runs it without an attention call.
     """
     options = check_options(1, probe, statistics, 1, None, sites)
+    if len(options["probe"]) != 1:
+        raise AttentionMonitorError(f"run_probe takes one probe, got {probe!r}; call it for each.")
+    _check_model(model, "run_probe runs")
     encoded = options["probe"][0].encode(tokenizer)
     recording = Recording(model, resolve_statistics(statistics), sites=options["sites"], with_patterns=True)
     return _run(recording, encoded, step=0)
@@ -366,8 +375,12 @@ class AttentionRecorder:
         roles: HeadRoles | None = None,
     ) -> None:
         options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
-        if not isinstance(model, nn.Module):
-            raise AttentionMonitorError(f"AttentionRecorder watches a torch.nn.Module, got {model!r}.")
+        _check_model(model, "AttentionRecorder watches")
+        if all_ranks and not (dist.is_available() and dist.is_initialized()):
+            raise AttentionMonitorError(
+                "all_ranks=True needs torch.distributed's process group: call init_process_group() before, or leave it "
+                "out."
+            )
         self.model, self.every_n_steps, self.all_ranks = model, every_n_steps, all_ranks
         self.is_rank_zero = not all_ranks or dist.get_rank() == 0
         self._extent = {name: options[name] for name in ("max_sequences", "max_tokens")}
@@ -401,7 +414,7 @@ class AttentionRecorder:
             NoAttentionError: when the context ends, the whole model was run and no attention call was ever seen.
             AttentionMonitorError: when the model does not take the probe, in the first sampled step; after close().
         """
-        if not isinstance(step, int):
+        if not is_whole(step, 0):
             raise AttentionMonitorError(f"step() takes the number of optimizer steps done so far, got {step!r}.")
         if self._closed:
             raise AttentionMonitorError("This AttentionRecorder has been closed; make another one.")

@@ -24,6 +24,7 @@ HIDDEN = -1e30
 
 # Numbers of a row from which statistics are made: the first three are always there, the others where one needs them.
 ALWAYS = ("max_score", "sum_exp", "sum_exp_shifted")
+WHICH_ROWS = ("informative", "informative_with_previous", "visible", "not_padded")
 QUANTITIES = (*ALWAYS, "own_weight", "previous_weight", "first_weight", "later_weight", "sum_of_squares", "distance")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .calls import AttentionCall
 from .errors import AttentionMonitorError
-from .rows import ALWAYS, QUANTITIES, Collected, RowBlock, Rows, Workspace, spans
+from .rows import ALWAYS, QUANTITIES, WHICH_ROWS, Collected, RowBlock, Rows, Workspace, spans
 
 RowFunction = Callable[[Any], Tensor]
 
@@ -66,10 +66,11 @@ def statistic(
 
     def register(function: RowFunction) -> RowFunction:
         name = function.__name__
-        if ".." not in range or not hasattr(RowBlock, rows):
+        if ".." not in str(range) or rows not in WHICH_ROWS or reduce not in ("mean", "max"):
             raise AttentionMonitorError(
-                f"The statistic {name!r} has range={range!r}, rows={rows!r}; a range is two bounds with '..' between "
-                f"them, such as '0..1' or '0..T', and rows is 'informative', 'visible' or 'not_padded'."
+                f"The statistic {name!r} has range={range!r}, rows={rows!r}, reduce={reduce!r}; a range is two bounds "
+                f"with '..' between them, such as '0..1' or '0..T', rows is one of {', '.join(WHICH_ROWS)}, and reduce "
+                "is mean or max."
             )
         if not set(needs or ()) <= set(QUANTITIES):
             raise AttentionMonitorError(f"The statistic {name!r} has needs={needs!r}; known are {list(QUANTITIES)}.")
@@ -101,6 +102,12 @@ def normalized_entropy(rows: Rows) -> Tensor:
     return rows.entropy / rows.n_keys.to(rows.max_score.dtype).log()
 
 
+@statistic(unit="nats", range="0..ln n_i", needs=[])
+def max_entropy(rows: Rows) -> Tensor:
+    """Entropy that the row would have if it were uniform, ln n_i: what ``entropy`` is to be compared with."""
+    return rows.n_keys.to(rows.max_score.dtype).log() + 0 * rows.entropy  # NaN for a row that has one
+
+
 @statistic(unit="1", range="0..1", self_attention_only=True, needs=["own_weight"])
 def diagonal_mean(rows: Rows) -> Tensor:
     """Weight on the token itself, p_ii.
@@ -123,7 +130,7 @@ def previous_token(rows: Rows) -> Tensor:
 
 @statistic(unit="1", range="0..1", needs=["first_weight"])
 def first_token(rows: Rows) -> Tensor:
-    """Weight on the first key, p_{i,0}: the mass of an attention sink.
+    """Weight on the first key, p_{i,0}: the mass of an attention sink. Of a sequence padded at its left, that is 0.
 
     Source: Xiao et al. 2023; Gu et al. 2024.
     """
@@ -170,6 +177,12 @@ def future_mass(rows: Rows) -> Tensor:
     return rows.later_weight + 0 * rows.entropy  # NaN for a row that has one
 
 
+@statistic(unit="1", range="0..1", self_attention_only=True)
+def past_mass(block: RowBlock) -> Tensor:
+    """Weight on earlier tokens, sum_j p_ij for j < i."""
+    return block.position_weights.masked_fill(block.key_pos >= block.query_pos[:, None], 0).sum(-1)
+
+
 @statistic(unit="fraction of rows", range="0..1", rows="not_padded", needs=[])
 def fully_masked_rows(rows: Rows) -> Tensor:
     """Rows that may see no key. They are in no other statistic."""
@@ -209,7 +222,8 @@ def nonfinite_fraction(rows: Rows) -> Tensor:
 
     Unlike the other fractions it counts rows that see a single key too: a NaN must not hide there.
     """
-    return ~rows.entropy.isfinite()
+    # an infinite query may have finite scores after a soft cap
+    return ~rows.entropy.isfinite() | (rows.nonfinite("query") > 0)
 
 
 @statistic(unit="fraction of rows", range="0..1", rows="not_padded", needs=[])
@@ -255,6 +269,9 @@ def resolve_statistics(names: Sequence[str]) -> list[Statistic]:
         raise AttentionMonitorError(
             f"statistics must be a list of names, got {names!r}; known are {sorted(STATISTICS)}."
         )
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise AttentionMonitorError(f"The statistic {twice[0]!r} is named twice; name each once.")
     unknown = [name for name in names if name not in STATISTICS]
     if unknown:
         raise AttentionMonitorError(
@@ -330,7 +347,7 @@ class HeadTotals:
     def _value(self, stat: Statistic, rows: Rows) -> Tensor:
         """(B, H, R); NaN when the statistic fails."""
         try:
-            return stat.function(rows).expand(rows.max_score.shape)
+            return stat.function(rows).expand(rows.max_score.shape).to(rows.max_score)  # blocks have one type
         except Exception as error:
             if self._on_failure is None:
                 raise

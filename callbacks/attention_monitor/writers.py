@@ -233,7 +233,7 @@ class Writer:
             self._attempt(sink.flush)
 
     def _draw(self, snapshot: Snapshot, columns: "dict[str, Column]") -> dict[str, np.ndarray]:
-        from .plots import HeadMatrix, Mosaic
+        from .live import HeadMatrix, Mosaic
 
         images = {}
         if snapshot.patterns:

@@ -51,6 +51,7 @@ def head_statistics(
                 continue
             H = -sum(x * math.log(x) for x in p if x > 0)
             rows["entropy"].append(H)
+            rows["max_entropy"].append(math.log(len(keys)))
             rows["normalized_entropy"].append(H / math.log(len(keys)))
             rows["max_weight"].append(p.max())
             rows["collapse_fraction"].append(float(p.max() > 0.95))
@@ -61,6 +62,7 @@ def head_statistics(
             if Q == K:
                 rows["mean_distance"].append(sum(p[j] * abs(i - j) for j in range(K)))
                 rows["diagonal_mean"].append(p[i])
+                rows["past_mass"].append(p[:i].sum())
                 if i > 0:
                     rows["previous_token"].append(p[i - 1])
     result = {}
@@ -74,6 +76,7 @@ def head_statistics(
 
 NAMES = (
     "entropy",
+    "max_entropy",
     "normalized_entropy",
     "diagonal_mean",
     "previous_token",
@@ -90,5 +93,6 @@ NAMES = (
     "sparsity",
     "weight_std",
     "future_mass",
+    "past_mass",
     "fully_masked_rows",
 )

@@ -336,12 +336,12 @@ def test_validate_and_test_are_left_alone(tmp_path):
 
 
 def test_a_drawing_error_is_told_and_does_not_stop_training(tmp_path, monkeypatch):
-    from attention_monitor import plots
+    from attention_monitor import live
 
     def fail(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(plots.HeadMatrix, "draw", fail)
+    monkeypatch.setattr(live.HeadMatrix, "draw", fail)
     with pytest.warns(UserWarning, match="could not write: RuntimeError: no font"):
         project = fit(tmp_path, AttentionMonitor(every_n_steps=2))
     assert len(project.losses) == 10
@@ -672,6 +672,11 @@ def test_roles_are_written_when_they_change_and_go_on_in_a_resumed_run(tmp_path,
     assert resumed.roles["L00H00"] == {"positional": 0}  # it was not there at step 0
     fit(tmp_path / "c", resumed, max_steps=1)
     assert "L00H00" not in resumed.roles  # another run begins anew
+    for other in ({"every_n_steps": 3, "probe": text}, {"probe": [text, "another text"]}):
+        monitor = AttentionMonitor(**other)  # its state has another key
+        trainer = make_trainer(tmp_path / "d", [monitor], **{"max_steps": 9})
+        trainer.fit(Sharp(), ckpt_path=tmp_path / "ckpt/last.ckpt", weights_only=True)
+        assert monitor.roles["L00H00"] == {"positional": 0}
 
 
 def test_texts_are_numbered():
@@ -709,6 +714,21 @@ def test_max_tokens_bounds_the_rows_that_are_looked_at(tmp_path, monkeypatch, ma
     monitor = AttentionMonitor(every_n_steps=100, max_tokens=max_tokens, statistics=["nonfinite_fraction"])
     fit(tmp_path, monitor, max_steps=1)
     assert seen[0] == (sequences, rows)
+
+
+def test_a_statistic_that_draws_numbers_does_not_change_training(tmp_path):
+    try:
+
+        @statistic(unit="1", range="0..1")
+        def noise(block):
+            """Seeds and draws."""
+            torch.manual_seed(5)
+            return torch.rand_like(block.max_score)
+
+        monitor = AttentionMonitor(every_n_steps=2, statistics=["noise"])
+        assert fit(tmp_path / "watched", monitor).losses == fit(tmp_path / "plain").losses
+    finally:
+        STATISTICS.pop("noise", None)
 
 
 def test_a_statistic_that_fails_is_named_and_leaves_the_others(tmp_path):

@@ -103,7 +103,24 @@ def test_a_probe_that_fails_leaves_no_trace_either():
 def test_a_text_is_encoded_by_the_tokenizer_given_and_labelled_by_token():
     probe = TextProbe("Hé").encode(BYTES)
     assert probe.batches[0].inputs.tolist() == [[72, 195, 169]]
-    assert probe.labels == ["H", "�", "�"]
+    assert probe.labels == ["H", "é", "⋯"]
+
+
+def test_a_text_may_be_given_as_token_ids():
+    assert TextProbe([72, 105], BYTES).encode().batches[0].inputs.tolist() == [[72, 105]]
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        (b"a\xf0\x9f\x99\x82b", ["a", "🙂", "⋯", "⋯", "⋯", "b"]),
+        (b"\xf0\x9f\x99", ["�", "�", "�"]),  # not all of it
+        (b"\xff!", ["�", "!"]),
+        ("�".encode(), ["�", "�", "�"]),
+    ],
+)
+def test_of_a_character_that_several_tokens_share_the_first_has_it(text, labels):
+    assert TextProbe(list(text), BYTES).encode().labels == labels
 
 
 def test_the_probes_own_tokenizer_comes_first():
@@ -210,7 +227,7 @@ def test_the_vocabulary_is_the_tokenizers_or_has_to_be_given():
     assert RepeatedTokensProbe().encode(BYTES).batches[0].inputs.max() < 256
     with pytest.raises(AttentionMonitorError, match=r"give RepeatedTokensProbe\(vocab_size=...\)"):
         RepeatedTokensProbe().encode()
-    with pytest.raises(AttentionMonitorError, match=r"n_repeats of 2 or more.*got 9, 25, 1 and 4"):
+    with pytest.raises(AttentionMonitorError, match=r"n_repeats of 2 or more.*got 9, 25, 1, 4 and 0"):
         RepeatedTokensProbe(9, n_repeats=1).encode()
 
 
@@ -388,7 +405,7 @@ def test_a_relation_that_does_not_look_back_is_refused(pair):
     [
         (("It", "dog", "a"), "'dog' occurs 0 times"),
         (("the", "cat", "a"), "'the' occurs 2 times in .* give \\(start, stop\\)"),
-        (("It", (90, 99), "a"), r"no token at characters \(90, 99\)"),
+        (("It", (90, 99), "a"), r"of its 28 characters, got \(90, 99\)"),
     ],
 )
 def test_a_word_that_is_not_one_place_is_refused(pair, message):
@@ -533,14 +550,93 @@ def test_special_tokens_are_not_drawn():
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ("text", r"is \(text, \[\(query, key, relation\), ...\]\), got 'text'"),
+        ("text", r"is \(text, \[\(query, key, relation\), ...\]\).*; got 'text'"),
+        (None, "got None"),
+        ([(5, [])], r"got \(5, \[\]\)"),
+        ([("a b", [("b", "a", "x/y")])], "a name of letters, digits, spaces, - and _"),
         ([("text", [("a", "b")])], r"got \('text', \[\('a', 'b'\)\]\)"),
         ([("text", [("a", "b", 3)])], "An example of the probe 'relation'"),
-        ([("text it", [("it", 3, "a")])], r"a word, or \(start, stop\) of its characters, got 3"),
+        ([("text it", [("it", 3, "a")])], r"a word, or \(start, stop\) of its 7 characters, got 3"),
+        ([("text it", [((5, 99), "text", "a")])], r"of its 7 characters, got \(5, 99\)"),
+        ([("text it", [(("a", "b"), "text", "a")])], r"of its 7 characters, got \('a', 'b'\)"),
     ],
 )
 def test_malformed_examples_are_refused(examples, message):
     with pytest.raises(AttentionMonitorError, match=message):
         RelationProbe(examples, BYTES).encode()
-    with pytest.raises(AttentionMonitorError, match="max_tokens of the probe 'relation' must be 1 or more: 0"):
-        RelationProbe([], max_tokens=0).encode()
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2.5, "a", True])
+def test_max_tokens_that_cannot_be_is_refused(max_tokens):
+    with pytest.raises(AttentionMonitorError, match="max_tokens of the probe 'relation' must be 1 or more, got"):
+        RelationProbe([], max_tokens=max_tokens).encode()
+
+
+def test_punctuation_is_found_beside_words():
+    probe = RelationProbe([("Ann! He sat.", [(".", "!", "end")])], BYTES).encode()
+    assert probe.scores[0].offset == 3 - 11
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        (RepeatedTokensProbe(vocab_size=10.5), "vocab_size, n_tokens and n_repeats of 2 or more.*got 10.5"),
+        (RepeatedTokensProbe(vocab_size=10, n_tokens=2.5), "got 10, 2.5"),
+        (RepeatedTokensProbe(vocab_size=10, seed=None), "and None"),
+        (RepeatedTokensProbe(vocab_size=10, bos=[1]), r"a token to begin with, got 10 of 10 and bos=\[1\]"),
+        (TextProbe(5, BYTES), "makes a list of token ids of, or that list; got 5"),
+        (TextProbe([1, "a"], BYTES), r"or that list; got \[1, 'a'\]"),
+        (TextProbe([], BYTES), r"The probe \[\] has no tokens"),
+    ],
+)
+def test_probes_that_cannot_be_are_refused(probe, message):
+    with pytest.raises(AttentionMonitorError, match=message):
+        probe.encode()
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode", "message"),
+    [
+        (lambda text: None, str, "or that list; got None"),
+        (lambda text: "ab", str, "or that list; got 'ab'"),
+        (lambda text: torch.zeros(2, 2), str, "or that list"),
+        (lambda text: {}["x"], str, "The tokenizer could not encode the probe 'abc': KeyError"),
+        (lambda text: [1], lambda ids: None, "decode gives None for a token"),
+    ],
+)
+def test_a_tokenizer_that_does_not_do_its_work_is_named(encode, decode, message):
+    tokenizer = type("Tokenizer", (), {"encode": staticmethod(encode), "decode": staticmethod(decode)})
+    with pytest.raises(AttentionMonitorError, match=message):
+        TextProbe("abc", tokenizer).encode()
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused():
+    tokenizer = type("Tokenizer", (), {"vocab_size": 3, "all_special_ids": [0, 1, 2]})
+    with pytest.raises(AttentionMonitorError, match=r"needs tokens that are not special.*got 0 of 3"):
+        RepeatedTokensProbe().encode(tokenizer)
+
+
+def test_a_model_that_writes_into_its_inputs_does_not_change_the_probe():
+    class Norm(nn.Module):
+        def forward(self, x):
+            x.div_(2)
+            return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+    given = torch.randn(2, 6, 8)
+    before, probe = given.clone(), BatchProbe(given)
+    first, second = (run_probe(Norm(), probe, statistics=["entropy"]).values[0]["entropy"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize(
+    ("model", "probe", "message"),
+    [
+        (nn.Linear(1, 1), [TextProbe("a"), TextProbe("b", name="b")], "run_probe takes one probe"),
+        (nn.Linear(1, 1), None, "run_probe takes one probe, got None"),
+        (3, TextProbe("a"), "run_probe runs a torch.nn.Module, got 3"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(model, probe, message):
+    with pytest.raises(AttentionMonitorError, match=message):
+        run_probe(model, probe, BYTES)

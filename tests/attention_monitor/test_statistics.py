@@ -309,7 +309,10 @@ def test_a_statistic_of_the_users_own_is_registered_by_the_decorator():
     ("name", "options", "message"),
     [
         ("good", {"range": "positive"}, "range='positive'"),
+        ("good", {"range": None}, "range=None"),
         ("good", {"range": "0..1", "rows": "nonsense"}, "rows='nonsense'"),
+        ("good", {"range": "0..1", "rows": "weights"}, "rows='weights'.*one of informative, "),
+        ("good", {"range": "0..1", "reduce": "min"}, "reduce='min'.*reduce is mean or max"),
         ("entropy", {"range": "0..1"}, "There is a statistic 'entropy' already"),
     ],
 )
@@ -322,6 +325,38 @@ def test_a_statistic_that_cannot_be_is_refused_when_it_is_made(name, options, me
     with pytest.raises(AttentionMonitorError, match=message):
         statistic(unit="1", **options)(function)
     assert before == STATISTICS
+
+
+def test_blocks_may_give_numbers_of_different_types(monkeypatch):
+    monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(rows_module, "BLOCK_ROWS", 1)
+    try:
+
+        @statistic(unit="1", range="0..1")
+        def late(block):
+            """False in the first block, 0.5 in the others."""
+            first = int(block.row[0]) == 0
+            return (
+                torch.zeros_like(block.max_score, dtype=torch.bool) if first else 0.5 * torch.ones_like(block.max_score)
+            )
+
+        q = torch.randn(1, 2, 5, 4)
+        assert summarize(make_call(q, q), ["late"])["late"].tolist() == pytest.approx([0.4, 0.4])
+    finally:
+        STATISTICS.pop("late", None)
+
+
+def test_an_infinite_query_behind_a_soft_cap_is_seen():
+    q, k = torch.randn(1, 2, 16, 8), torch.rand(1, 2, 16, 8)
+    q[0, 0, 3] = 0
+    q[0, 0, 3, 0] = torch.inf
+    call = AttentionCall("attn", q, k, score_mod=lambda scores, start: 20 * torch.tanh(scores / 20))
+    assert summarize(call, ["nonfinite_fraction"])["nonfinite_fraction"].tolist() == [1 / 16, 0]
+
+
+def test_a_statistic_is_named_once():
+    with pytest.raises(AttentionMonitorError, match="'entropy' is named twice; name each once"):
+        resolve_statistics(["entropy", "entropy"])
 
 
 def test_one_statistic_may_be_asked_for_by_its_name_alone():
