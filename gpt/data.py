@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from gpt import InputError, stories
-from gpt.tokenizer import TOKENIZERS, load_bpe, load_bytes, load_gpt2, replacing
+from gpt.tokenizer import TOKENIZERS, load_bpe, load_bytes, load_gpt2, replacing, saved_tokenizer
 
 CHUNK_BYTES = 1 << 20
 N_STORIES, STORIES_SEED = 20_000, 0
@@ -98,6 +98,10 @@ class TextDataModule(pl.LightningDataModule):
                     f"The corpus is too short: of its {len(tokens)} tokens {len(kept)} are for {part}, but one window "
                     f"takes block_size + 1 = {self.block_size + 1}; give more text or a smaller --model.block_size."
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """In each checkpoint, so that it can be given texts to read wherever it is."""
+        return {"tokenizer": saved_tokenizer(self.tokenizer)}
 
     @property
     def vocab_size(self) -> int:

@@ -56,9 +56,32 @@ def load_bpe(texts: Iterable[str], vocab_size: int, cache_file: Path) -> tiktoke
             file.writelines(lines)
     # not tiktoken.load.load_tiktoken_bpe: that keeps a second copy in the system's temporary folder, keyed by path
     # alone, and would go on serving it after this file has changed
-    entries = [line.split() for line in cache_file.read_bytes().splitlines()]
+    return parse_bpe(cache_file.read_text())
+
+
+def parse_bpe(lines: str) -> tiktoken.Encoding:
+    """The byte-pair encoding that a file in tiktoken's format describes."""
+    entries = [line.split() for line in lines.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in entries}
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def saved_tokenizer(encoding: tiktoken.Encoding) -> dict[str, str]:
+    """What ``restored_tokenizer`` needs, as strings, so that a checkpoint can be used without its corpus."""
+    if encoding.name != "bpe":
+        return {"name": encoding.name}
+    tokens = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab))
+    return {
+        "name": "bpe",
+        "ranks": "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)),
+    }
+
+
+def restored_tokenizer(saved: dict[str, str]) -> tiktoken.Encoding:
+    """The tokenizer that ``saved_tokenizer`` described."""
+    if saved["name"] == "bpe":
+        return parse_bpe(saved["ranks"])
+    return load_gpt2() if saved["name"] == "gpt2" else load_bytes()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "AttentionCall": "calls",
+    "AttentionMaps": "analysis",
     "AttentionMonitor": "monitor",
     "AttentionMonitorError": "errors",
     "AttentionRecorder": "recorder",
@@ -29,17 +30,40 @@ _HOME = {
     "RepeatedTokensProbe": "probes",
     "TextProbe": "probes",
     "run_probe": "recorder",
+    "attention_maps": "analysis",
     "capture": "capturing",
+    "head_kinds": "analysis",
+    "ranking": "analysis",
+    "top_attended": "analysis",
+    "animate_head": "plots",
+    "plot_difference": "plots",
+    "plot_differences": "plots",
+    "plot_flow": "plots",
+    "plot_head": "plots",
+    "plot_heads": "plots",
+    "plot_layers": "plots",
+    "plot_matrix": "plots",
     "statistic": "statistics",
     "summarize": "statistics",
 }
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from .analysis import AttentionMaps, attention_maps, head_kinds, ranking, top_attended
     from .calls import AttentionCall
     from .capturing import NoAttentionError, capture
     from .errors import AttentionMonitorError
     from .monitor import AttentionMonitor
+    from .plots import (
+        animate_head,
+        plot_difference,
+        plot_differences,
+        plot_flow,
+        plot_head,
+        plot_heads,
+        plot_layers,
+        plot_matrix,
+    )
     from .probes import BatchProbe, LayerProbe, Probe, RelationProbe, RepeatedTokensProbe, TextProbe
     from .recorder import AttentionRecorder, AttentionWarning, run_probe
     from .rows import RowBlock, Rows

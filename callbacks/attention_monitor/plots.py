@@ -32,6 +32,7 @@ MAX_LABELS = 80  # positions of a map that get a label each; longer ones are num
 MAX_WRITTEN = 12  # positions of a map up to which weights are written into its cells
 MAX_LABEL_WIDTH = 12  # characters; those of wide scripts count twice
 LABEL_INCHES = 0.19  # that a position with a label takes
+TITLE_INCHES = 0.095  # that a character of a title takes
 
 
 def plot_head(
@@ -178,7 +179,8 @@ def plot_flow(
         raise AttentionMonitorError(f"flow must have the same layers, one or more, for each line, got {found}.")
     n_layers = len(next(iter(lines.values())))
     names = _checked_labels(names, n_layers, "names", "layers") or [str(layer) for layer in range(n_layers)]
-    ax = ax if ax is not None else _new_axes(max(4.5, min(16, 1.5 + 0.45 * n_layers)), 3.6)
+    if ax is None:
+        ax = _new_axes(max(4.5, min(16, 1.5 + 0.45 * n_layers), TITLE_INCHES * len(title or "")), 3.6)
     layers = np.arange(n_layers)
     for i, (what, shares) in enumerate(lines.items()):
         finite = [x[np.isfinite(x)] for x in shares]
@@ -192,7 +194,7 @@ def plot_flow(
     ax.set_xticks(layers, names, parse_math=False, rotation=90 if long else 0, fontsize=7 if long else 9)
     ax.legend(loc="best", framealpha=0.6)
     if title:
-        ax.set_title(title, parse_math=False)
+        ax.set_title(title, parse_math=False, fontsize=10)
     return ax
 
 
@@ -292,12 +294,14 @@ def animate_head(
 
 
 def readable(token: str) -> str:
-    """A token as a short label: white space and control characters made visible, nothing interpreted.
+    """A token as a short label of a picture: as ``visible``, and ▯ for characters that no installed font has."""
+    return "".join(c if _font_of(c) else "▯" for c in visible(token))
 
-    Characters that no installed font has become ▯.
-    """
+
+def visible(token: str) -> str:
+    """A token in at most 12 columns: white space and control characters made visible, nothing interpreted."""
     text = token.replace(" ", "·").replace("\n", "↵").replace("\r", "↵").replace("\t", "→")
-    text = "".join((c if _font_of(c) else "▯") if _is_visible(c) else "�" for c in text)
+    text = "".join(c if _is_visible(c) else "�" for c in text)
     widths = np.cumsum([2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text])
     return (
         text if not len(text) or widths[-1] <= MAX_LABEL_WIDTH else text[: int((widths < MAX_LABEL_WIDTH).sum())] + "…"
@@ -405,11 +409,6 @@ def _new_axes(width: float, height: float) -> Axes:
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-def _map_inches(n: int, labelled: bool) -> float:
-    """Side of a map of n positions."""
-    return max(2.4, n * LABEL_INCHES) if labelled else min(8.0, max(3.0, n / 50))
-
-
 def _map(
     weights: np.ndarray,
     tokens: Sequence[str] | None,
@@ -425,19 +424,21 @@ def _map(
     if 0 in weights.shape:
         raise AttentionMonitorError(f"There is nothing to draw in a map of shape {weights.shape}.")
     labels = _labels_of_map(weights.shape, tokens, key_tokens)
+    written = max(weights.shape) <= MAX_WRITTEN if annotate is None else annotate
     if ax is None:
-        height, width = (
-            _map_inches(n, of is not None and n <= MAX_LABELS) for n, of in zip(weights.shape, labels, strict=True)
-        )
-        ax = _new_axes(width + 1.6, height + 1.2)
+        inches = []
+        for n, of in zip(weights.shape, labels, strict=True):
+            labelled = of is not None and n <= MAX_LABELS
+            inches.append(max(2.4, n * (0.34 if written else LABEL_INCHES)) if labelled else min(8.0, max(3.0, n / 50)))
+        ax = _new_axes(max(inches[1] + 1.6, TITLE_INCHES * len(title or "")), inches[0] + 1.2)
     ax.imshow(weights, cmap=colours, norm=norm, interpolation="nearest" if max(weights.shape) <= 100 else None,
               aspect="equal" if 0.25 < weights.shape[0] / weights.shape[1] < 4 else "auto")  # fmt: skip
     _label(ax, *labels, fontsize=7)
     ax.set(xlabel="key", ylabel="query")
     if title:
         ax.set_title(title, parse_math=False, fontsize=10)
-    if max(weights.shape) <= MAX_WRITTEN if annotate is None else annotate:
-        _write_cells(ax, weights, norm, colours, 6.5, lambda value: f"{value:.2f}")
+    if written:
+        _write_cells(ax, weights, norm, colours, 6.5, lambda value: f"{value:.2f}" if value else "")  # 0: masked
     if colorbar is not None:
         bar = ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, fraction=0.046, pad=0.03)
         bar.set_label(colorbar, fontsize=8)
@@ -496,6 +497,7 @@ def _page(
         side, gap = min(36 / columns, max(1.3, n / 100, min(4, 11 / columns))), (0.12, 0.28)
     left, top, bar = 0.15, 0.75 if title else 0.45, 0.75
     width, height = left + columns * (side + gap[0]) + bar, top + rows * (side + gap[1])
+    width = max(width, left + TITLE_INCHES * len(title or ""))
     figure = Figure(figsize=(width, height))
     for i, (weights, name) in enumerate(zip(maps, names, strict=True)):
         row, column = divmod(i, columns)
@@ -507,7 +509,7 @@ def _page(
         else:
             ax.set(xticks=[], yticks=[])
         ax.set_title(name, parse_math=False, fontsize=8, pad=2)
-    x, length = width - bar + 0.15, min(3.0, height - top - 0.2)
+    x, length = left + columns * (side + gap[0]) + 0.15, min(3.0, height - top - 0.2)
     scale = figure.add_axes((x / width, 1 - (top + length) / height, 0.12 / width, length / height))
     figure.colorbar(ScalarMappable(norm, colours), cax=scale).ax.tick_params(labelsize=6)
     scale.set_title(colorbar.replace(" of ", "\nof "), fontsize=6)

@@ -1,0 +1,259 @@
+"""What a model attends to on one input, for looking into it: maps, what they are like, and how two models differ.
+
+Nothing is computed here that capture, statistics and probes do not have; ``plots.py`` draws what comes out.
+Shapes: H heads, Q queries, K keys.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import AttentionCall
+from .capturing import capture, captures_paused, in_order
+from .errors import AttentionMonitorError
+from .probes import POSITION_SCORES, Probe, TextProbe, position_scores
+from .rows import RowBlock
+from .snapshots import Snapshot
+from .statistics import summarize
+
+# a head's layer, number, and value
+Ranked = tuple[int, int, float]
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What every head of a model attended to on one sequence. Maps are computed when they are asked for.
+
+    Layers are numbered as their sites stand here: those of a stack together, otherwise in order of execution. In a
+    decoder that is the number of the layer; in an encoder-decoder the encoder's come first.
+
+    Attributes:
+        calls: the attention call of each layer, of one sequence.
+        labels: of the layers: ``L00``, or a module path.
+        stacks: of the layers: which they belong to, such as ``decoder.block.*.attn``.
+        tokens: labels of the positions, where known.
+        target_tokens: of an encoder-decoder, those of the decoder.
+    """
+
+    calls: Sequence[AttentionCall]
+    labels: Sequence[str]
+    stacks: Sequence[str]
+    tokens: Sequence[str] | None = None
+    target_tokens: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def n_heads(self, layer: int) -> int:
+        """H of a layer."""
+        return self._call(layer).shape[1]
+
+    def pattern(self, layer: int) -> Tensor:
+        """Weights of the heads of a layer, (H, Q, K), float32 on the CPU; rows sum to 1.
+
+        Raises:
+            AttentionMonitorError: when there is no such layer.
+        """
+        return self._call(layer).pattern()[0].float().cpu()
+
+    def tokens_of(self, layer: int) -> tuple[Sequence[str] | None, Sequence[str] | None]:
+        """Labels of the queries and of the keys of a layer; None where they are not known."""
+        call = self._call(layer)
+        Q, K = call.shape[2:]
+        of_decoder = self.target_tokens if self.target_tokens is not None else self.tokens
+        queries, keys = self.tokens, self.tokens
+        if not call.is_self_attention:
+            queries = self.target_tokens
+        elif self.stacks[layer] != self.stacks[0]:
+            queries, keys = of_decoder, of_decoder
+        if keys is not None and call.sinks_in_pattern:
+            keys = [*keys, *["(sink)"] * call.n_sinks]
+        return (
+            queries if queries is not None and len(queries) == Q else None,
+            keys if keys is not None and len(keys) == K else None,
+        )
+
+    def snapshot(self, statistics: Sequence[str], step: int = 0) -> Snapshot:
+        """Statistics of every head, and the scores that roles follow from: ``sink``, ``positional``."""
+        values = []
+        for call in self.calls:
+            found = position_scores(call) if call.has_positions else {}
+            unknown = torch.full((call.shape[1],), math.nan)
+            scores = {
+                score.name: found[score.name].mean(0).float().cpu() if score.name in found else unknown
+                for score in POSITION_SCORES
+            }
+            values.append(summarize(call, statistics) | scores)
+        return Snapshot(
+            step=step,
+            source="text",
+            labels=list(self.labels),
+            sites=[call.site for call in self.calls],
+            values=values,
+            stacks=list(self.stacks),
+            is_cross=[not call.is_self_attention for call in self.calls],
+            scores=POSITION_SCORES,
+        )
+
+    def _call(self, layer: int) -> AttentionCall:
+        if not 0 <= layer < len(self.calls):
+            raise AttentionMonitorError(f"There is no layer {layer}: this model has layers 0 to {len(self.calls) - 1}.")
+        return self.calls[layer]
+
+
+def attention_maps(
+    model: nn.Module, text: str | Probe, tokenizer: Any = None, *, sites: str | Sequence[str] | None = None
+) -> AttentionMaps:
+    """What a model attends to when it reads a text.
+
+    Args:
+        model: called in evaluation mode, without gradients; left as it was.
+        text: what it reads, as ``model(token_ids)``; or a ``Probe``, of which the first sequence is looked at: a
+            ``TextProbe`` of token ids, a ``BatchProbe`` for other inputs.
+        tokenizer: anything with ``encode(text)`` and ``decode(ids)``; None: the probe's own.
+        sites: patterns for the module paths to look at; None: all.
+
+    Example:
+        >>> maps = attention_maps(model, "The cat sat on the mat.", tokenizer)
+        >>> plot_head(maps.pattern(0)[1], maps.tokens)
+
+    Raises:
+        AttentionMonitorError: when the text cannot be encoded, or the model does not take it.
+        NoAttentionError: when the model runs it without an attention call.
+    """
+    probe = TextProbe(text) if isinstance(text, str) else text
+    encoded = probe.encode(tokenizer)
+    with captures_paused(), capture(model, sites) as calls:
+        encoded.run(model)
+    order, stacks, labels = in_order([call.site for call in calls], [not call.is_self_attention for call in calls])
+    return AttentionMaps([calls[i].first(1) for i in order], labels, stacks, encoded.labels)
+
+
+def top_attended(pattern: Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """For each query the keys with the largest weights, and these, from the largest; none that has no weight.
+
+    Args:
+        pattern: (Q, K) of a head, or a mean over heads.
+        k: keys for each query, at most.
+    """
+    weights, keys = pattern.topk(min(k, pattern.shape[-1]), dim=-1)  # (Q, k) each
+    rows = zip(keys.tolist(), weights.tolist(), strict=True)
+    return [[(key, weight) for key, weight in zip(*row, strict=True) if weight > 0] for row in rows]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a map may look like.
+
+    Attributes:
+        name: of the kind.
+        rule: in words, with its thresholds.
+        holds: statistic -> (H,) to (H,) bool.
+    """
+
+    name: str
+    rule: str
+    holds: Callable[[dict[str, Tensor]], Tensor]
+
+
+# Most of the weight at one kind of place; or spread evenly; or on few keys, wherever they are.
+KINDS = (
+    Kind("diagonal", "diagonal_mean > 0.5", lambda v: v["diagonal_mean"] > 0.5),
+    Kind("previous token", "previous_token > 0.5", lambda v: v["previous_token"] > 0.5),
+    Kind("first token", "first_token > 0.5", lambda v: v["first_token"] > 0.5),
+    Kind(
+        "uniform",
+        "normalized_entropy > 0.9 and weight_std < 0.1",
+        lambda v: (v["normalized_entropy"] > 0.9) & (v["weight_std"] < 0.1),
+    ),
+    Kind("sparse", "max_weight > 0.5 and sparsity > 0.5", lambda v: (v["max_weight"] > 0.5) & (v["sparsity"] > 0.5)),
+)
+
+# What the kinds are decided by, and what else is worth knowing of a head on a text.
+HEAD_STATISTICS = (
+    "entropy",
+    "max_entropy",
+    "normalized_entropy",
+    "diagonal_mean",
+    "previous_token",
+    "first_token",
+    "past_mass",
+    "future_mass",
+    "max_weight",
+    "mean_distance",
+    "effective_keys",
+    "sparsity",
+    "weight_std",
+)
+
+
+def head_kinds(values: dict[str, Tensor]) -> list[list[str]]:
+    """For each head of a layer the names of the ``KINDS`` that it is of, none or several.
+
+    Args:
+        values: statistic -> (H,), of ``HEAD_STATISTICS``.
+    """
+    found = [(kind.name, kind.holds(values).tolist()) for kind in KINDS]
+    return [[name for name, holds in found if holds[head]] for head in range(len(values["entropy"]))]
+
+
+def ranking(snapshot: Snapshot, name: str) -> list[Ranked]:
+    """(layer, head, value) of every head, from the largest value of a statistic or score; without NaN."""
+    return ranked([values[name] for values in snapshot.values])
+
+
+def ranked(values: Sequence[Tensor]) -> list[Ranked]:
+    """Likewise of values (H,) of each layer."""
+    heads = [(layer, head, value) for layer, row in enumerate(values) for head, value in enumerate(row.tolist())]
+    return sorted((one for one in heads if not math.isnan(one[2])), key=lambda one: -one[2])
+
+
+def flow(snapshot: Snapshot) -> dict[str, list[Tensor]]:
+    """Where attention goes in each layer, as shares (H,): to the token itself, to earlier and to later ones.
+
+    Needs ``diagonal_mean``, ``past_mass`` and ``future_mass``; for ``plot_flow``. Later tokens are left out where
+    nothing looks at them.
+    """
+    lines = {"itself": "diagonal_mean", "earlier tokens": "past_mass", "later tokens": "future_mass"}
+    shares = {what: [values[name] for values in snapshot.values] for what, name in lines.items()}
+    if not any((share > 0).any() for share in shares["later tokens"]):
+        del shares["later tokens"]
+    return shares
+
+
+def moved(before: AttentionMaps, after: AttentionMaps) -> list[Tensor]:
+    """How much of each head's weight is elsewhere, (H,) for each layer, 0..1.
+
+    Total variation distance, half the sum over keys of |difference|, mean over rows that see two keys or more.
+
+    Raises:
+        AttentionMonitorError: when the two do not have the same layers, heads and tokens.
+    """
+    sizes = [[call.shape for call in maps.calls] for maps in (before, after)]
+    for name, found in (
+        ("tokens", [before.tokens, after.tokens]),
+        ("layers", [before.labels, after.labels]),
+        ("sizes of maps (B, H, Q, K)", sizes),
+    ):
+        if found[0] != found[1]:
+            raise AttentionMonitorError(
+                f"Only models with the same layers and heads that read the same tokens can be compared; {name} are "
+                f"{_short(found[0])} and {_short(found[1])}."
+            )
+    changes = []
+    for a, b in zip(before.calls, after.calls, strict=True):
+        one, other = (RowBlock(call, 0, call.shape[2]) for call in (a, b))
+        distance = (one.weights - other.weights).abs().sum(-1) / 2  # (1, H, Q)
+        counted = one.informative.expand(distance.shape)
+        share = distance.masked_fill(~counted, 0).sum((0, 2)) / counted.sum((0, 2))
+        changes.append(share.float().cpu())
+    return changes
+
+
+def _short(x: Any) -> str:
+    text = str(x)
+    return text if len(text) <= 100 else text[:99] + "…"

@@ -1,0 +1,169 @@
+"""What is found in a model, drawn: files of pictures by name, each drawn when it is asked for."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from matplotlib.animation import FuncAnimation
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from attention_monitor import AttentionMaps, AttentionMonitorError
+from attention_monitor.analysis import flow
+from attention_monitor.layers import rollout
+from attention_monitor.plots import (
+    MAX_WRITTEN,
+    animate_head,
+    plot_differences,
+    plot_flow,
+    plot_head,
+    plot_heads,
+    plot_layers,
+    plot_matrix,
+)
+from attention_monitor.statistics import STATISTICS
+
+from .report import Comparison, Findings, Selection
+
+Picture = tuple[str, Callable[[], Figure | Image.Image]]  # name of its file, and what draws it
+
+
+def pictures(found: Findings, selection: Selection, statistics: Sequence[str], vmax: float | None, whole: bool,
+             of_layers: bool) -> list[Picture]:  # fmt: skip
+    """Those of heads, of each layer with its heads, and over layers.
+
+    Args:
+        statistics: drawn as matrices of layers and heads.
+        vmax: weight with the brightest colour; None: the largest of a picture.
+        whole: draw the heads of a layer on one page too.
+        of_layers: draw pictures of all layers too.
+    """
+    pattern = lru_cache(maxsize=1)(found.maps.pattern)  # of one layer at a time: heads of a layer come together
+    paint = HeadPainter(found.maps, pattern, vmax)
+    drawn: list[Picture] = []
+    for layer, heads in selection:
+        if whole:
+            drawn.append((f"layer_{layer}_all_heads.png", partial(_heads, found.maps, pattern, layer, heads, vmax)))
+        for head in heads:
+            drawn.append((f"layer_{layer}_head_{head}.png", partial(paint, layer, head)))
+    if of_layers:
+        drawn += _over_layers(found, statistics, vmax)
+    return drawn
+
+
+def difference_pictures(comparison: Comparison, selection: Selection) -> list[Picture]:
+    """How the maps of each layer have changed, on one scale, and how much each head has."""
+    before, after = comparison.before.maps, comparison.after.maps
+    largest = max(float((after.pattern(layer) - before.pattern(layer)).abs().max()) for layer, _ in selection)
+    drawn: list[Picture] = []
+    for layer, heads in selection:
+
+        def draw(layer: int = layer, heads: Sequence[int] = heads) -> Figure:
+            a, b = (maps.pattern(layer)[list(heads)] for maps in (before, after))
+            title = f"{_title(before, layer)}: after - before"
+            names = [f"H{head}" for head in heads]
+            return plot_differences(a, b, *before.tokens_of(layer), names=names, title=title, vmax=largest or 1)
+
+        drawn.append((f"layer_{layer}_difference.png", draw))
+    drawn.append(("changes.png", lambda: _matrix(before, comparison.moved, "share of weight that moved", "0..1")))
+    return drawn
+
+
+def animation(
+    maps: Sequence[AttentionMaps], steps: Sequence[int], layer: int, head: int, vmax: float | None
+) -> FuncAnimation:
+    """One head over the checkpoints of a run."""
+    patterns = [of_step.pattern(layer)[head].numpy() for of_step in maps]
+    return animate_head(patterns, steps, *maps[0].tokens_of(layer), title=f"{_title(maps[0], layer)}H{head}", vmax=vmax)
+
+
+def _title(maps: AttentionMaps, layer: int) -> str:
+    """``L3``, or the path of a module with a space, so that a head's number can follow."""
+    label = maps.labels[layer]
+    return f"L{int(label[1:])}" if label[1:].isdigit() else f"{label} "
+
+
+class HeadPainter:
+    """Maps of single heads. Those with the same labels have all but map and title drawn once: that takes most time."""
+
+    def __init__(self, maps: AttentionMaps, pattern: Callable[[int], Tensor], vmax: float | None) -> None:
+        self._maps, self._pattern, self._vmax = maps, pattern, vmax
+        self._layout: Any = None
+
+    def __call__(self, layer: int, head: int) -> Figure | Image.Image:
+        weights, labels = self._pattern(layer)[head], self._maps.tokens_of(layer)
+        title = f"{_title(self._maps, layer)}H{head}"
+        if max(weights.shape) <= MAX_WRITTEN or self._vmax is None:  # numbers or colour bar are another in each
+            return _figure(plot_head(weights, *labels, title=title, vmax=self._vmax))
+        if self._layout != (weights.shape, labels):
+            self._layout = weights.shape, labels
+            self._axes = plot_head(weights, *labels, title=title, vmax=self._vmax)
+            self._changing = [self._axes.images[0], self._axes.title, *self._axes.spines.values()]
+            for artist in self._changing:
+                artist.set_animated(True)
+            self._canvas = FigureCanvasAgg(_figure(self._axes))
+            self._canvas.draw()
+            self._rest = self._canvas.copy_from_bbox(_figure(self._axes).bbox)
+        self._canvas.restore_region(self._rest)
+        self._axes.images[0].set_data(weights)
+        self._axes.title.set_text(title)
+        for artist in self._changing:
+            self._axes.draw_artist(artist)
+        return Image.fromarray(np.array(self._canvas.buffer_rgba())[..., :3])
+
+
+def _heads(maps: AttentionMaps, pattern: Any, layer: int, heads: Sequence[int], vmax: float | None) -> Figure:
+    n = maps.n_heads(layer)
+    title = f"{_title(maps, layer).strip()}: {'all heads' if len(heads) == n else f'{len(heads)} of {n} heads'}"
+    names = [f"H{head}" for head in heads]
+    return plot_heads(pattern(layer)[list(heads)], *maps.tokens_of(layer), names=names, title=title, vmax=vmax)
+
+
+def _over_layers(found: Findings, statistics: Sequence[str], vmax: float | None) -> Iterator[Picture]:
+    maps, values = found.maps, found.values
+    shares = flow(values)
+    stacks = list(dict.fromkeys(maps.stacks))
+    for i, stack in enumerate(stacks):
+        layers = [layer for layer, of in enumerate(maps.stacks) if of == stack]
+        suffix, of_stack = ("", "") if len(stacks) == 1 else (f"_{i}", f" of {stack}")
+        names, labels = [f"L{layer}" for layer in layers], maps.tokens_of(layers[0])
+
+        def averaged(layers: Any = layers, names: Any = names, labels: Any = labels, of: str = of_stack) -> Figure:
+            means = [maps.pattern(layer).mean(0) for layer in layers]
+            return plot_layers(means, *labels, names=names, title=f"mean over the heads of each layer{of}", vmax=vmax)
+
+        yield f"layers_averaged{suffix}.png", averaged
+        if values.is_cross[layers[0]]:
+            continue
+
+        def flowing(layers: Any = layers, names: Any = names, of: str = of_stack) -> Figure:
+            lines = {what: [share[layer] for layer in layers] for what, share in shares.items()}
+            return _figure(plot_flow(lines, names, title=f"where attention goes{of}"))
+
+        yield f"attention_flow{suffix}.png", flowing
+        if len({size for layer in layers for size in maps.calls[layer].shape[2:]}) == 1:  # all are T x T
+
+            def rolled(layers: Any = layers, labels: Any = labels, of: str = of_stack) -> Figure:
+                last = rollout([maps.pattern(layer) for layer in layers])[-1]
+                return _figure(plot_head(last, *labels, title=f"attention rollout over the layers{of}", vmax=None))
+
+            yield f"rollout{suffix}.png", rolled
+    for name in statistics:
+        rows = [of_layer[name] for of_layer in values.values]
+        title = f"{name} ({STATISTICS[name].unit})"
+        yield f"matrix_{name}.png", partial(_matrix, maps, rows, title, STATISTICS[name].range)
+
+
+def _matrix(maps: AttentionMaps, rows: Sequence[Tensor], title: str, value_range: str) -> Figure:
+    names = [_title(maps, layer).strip() for layer in range(len(maps))]
+    low, high = ({"0": 0.0, "1": 1.0}.get(bound) for bound in value_range.split(".."))
+    return _figure(plot_matrix(rows, names, title=title, vmin=low, vmax=high))
+
+
+def _figure(ax: Any) -> Figure:
+    if not isinstance(ax.figure, Figure):
+        raise AttentionMonitorError("A picture of its own was expected.")
+    return ax.figure

@@ -1,0 +1,315 @@
+"""What is found in a model that reads a text: for people as tables, for programs as JSON."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
+from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
+from attention_monitor.diagnosis import HeadRoles, head_name
+from attention_monitor.plots import visible
+
+from .subjects import Subject
+
+LISTED = 48  # heads in the terminal's table; of more, the most focused
+RANKED = 5  # heads in a ranking on the terminal
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A model that has read a text.
+
+    Attributes:
+        subject: the model.
+        text: that it read.
+        maps: what its heads attended to.
+        values: statistics of every head on the text.
+        repeats: scores of every head on repeated random tokens; None where there are none.
+        notes: sentences for the user.
+    """
+
+    subject: Subject
+    text: str
+    maps: AttentionMaps
+    values: Snapshot
+    repeats: Snapshot | None
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def kinds(self) -> list[list[list[str]]]:
+        """For each layer and head, what its map is like."""
+        return [head_kinds(values) for values in self.values.values]
+
+    @cached_property
+    def roles(self) -> dict[str, list[str]]:
+        """Head -> roles."""
+        roles = HeadRoles()
+        for snapshot in (self.values, self.repeats):
+            if snapshot is not None:
+                roles.update(snapshot)
+        return {head: list(taken) for head, taken in roles.since().items()}
+
+    def name(self, layer: int, head: int) -> str:
+        """As in tags."""
+        return head_name(self.maps.labels[layer], head)
+
+    def roles_of(self, layer: int, head: int) -> list[str]:
+        return self.roles.get(self.name(layer, head), [])
+
+    @property
+    def remarkable(self) -> dict[str, Ranked | None]:
+        """The heads at the ends of rankings."""
+        entropy, distance = (ranking(self.values, name) for name in ("normalized_entropy", "mean_distance"))
+        return {
+            "most focused": entropy[-1] if entropy else None,
+            "most diffuse": entropy[0] if entropy else None,
+            "longest range": distance[0] if distance else None,
+        }
+
+    @property
+    def induction(self) -> list[Ranked]:
+        """Heads by their induction score."""
+        return [] if self.repeats is None else ranking(self.repeats, "induction")
+
+
+def look(subject: Subject, text: str, target: str | None, statistics: Sequence[str]) -> Findings:
+    """Have a model read a text, and repeated random tokens.
+
+    Args:
+        statistics: taken of the text beside those that every report has.
+    """
+    notes: list[str] = [] if subject.is_trained else ["The weights of this model are random: it has not been trained."]
+    maps = subject.read(text, target, notes.append)
+    values = maps.snapshot(list(dict.fromkeys([*HEAD_STATISTICS, *statistics])), subject.step or 0)
+    repeats = None
+    try:
+        repeats = subject.repeats()
+        if repeats is None:
+            notes.append("Its context is too short for repeated random tokens: there are no induction scores.")
+        elif [*map(len, repeats.values)] and repeats.labels != values.labels:
+            repeats = None
+    except AttentionMonitorError as error:
+        notes.append(f"There are no induction scores: {error}")
+    if maps.tokens is not None and len(maps.tokens) < 16:
+        notes.append("The roles sink and positional take a text of 16 tokens or more.")
+    return Findings(subject, text, maps, values, repeats, notes)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models of one shape that read the same tokens.
+
+    Attributes:
+        before: the one.
+        after: the other.
+        moved: of each layer (H,), how much of a head's weight has moved, 0..1.
+    """
+
+    before: Findings
+    after: Findings
+    moved: list[Tensor]
+
+    @property
+    def most_changed(self) -> list[Ranked]:
+        return ranked(self.moved)
+
+    def role_changes(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Heads with the roles that they have lost and those that they have taken on."""
+        for head in sorted(self.before.roles | self.after.roles):
+            had, has = self.before.roles.get(head, []), self.after.roles.get(head, [])
+            lost, taken = ([r for r in a if r not in b] for a, b in ((had, has), (has, had)))
+            if lost or taken:
+                yield head, lost, taken
+
+
+def compare(before: Findings, after: Findings) -> Comparison:
+    """Raises AttentionMonitorError when they cannot be compared."""
+    return Comparison(before, after, moved(before.maps, after.maps))
+
+
+# Which heads of which layers are told and drawn
+Selection = Sequence[tuple[int, Sequence[int]]]
+
+
+def as_json(found: Findings, selection: Selection, top_k: int, comparison: Comparison | None = None) -> dict[str, Any]:
+    """Everything, in plain values; NaN is None."""
+    maps = found.maps
+    document: dict[str, Any] = {
+        "model": {"name": found.subject.name, "step": found.subject.step, "trained": found.subject.is_trained},
+        "text": found.text,
+        "tokens": None if maps.tokens is None else list(maps.tokens),
+        "target_tokens": None if maps.target_tokens is None else list(maps.target_tokens),
+        "notes": found.notes,
+        "layers": [_layer_as_json(found, layer, heads, top_k) for layer, heads in selection],
+        "remarkable": {what: one and _ranked_as_json(found, one) for what, one in found.remarkable.items()},
+        "induction_ranking": [_ranked_as_json(found, one) for one in found.induction],
+    }
+    if comparison is not None:
+        document["comparison"] = {
+            "with": comparison.after.subject.name,
+            "heads": [
+                _ranked_as_json(found, one)
+                | {"entropy": [_entropy(x, one) for x in (comparison.before, comparison.after)]}
+                for one in comparison.most_changed
+            ],
+            "role_changes": [
+                {"head": head, "lost": lost, "taken": taken} for head, lost, taken in comparison.role_changes()
+            ],
+        }
+    return document
+
+
+def _layer_as_json(found: Findings, layer: int, heads: Sequence[int], top_k: int) -> dict[str, Any]:
+    pattern = found.maps.pattern(layer)  # (H, Q, K)
+    _, keys = found.maps.tokens_of(layer)
+
+    def attended(weights: Tensor) -> list[list[dict[str, Any]]]:
+        return [
+            [{"key": key, "token": None if keys is None else keys[key], "weight": weight} for key, weight in row]
+            for row in top_attended(weights, top_k)
+        ]
+
+    def of_head(head: int) -> dict[str, Any]:
+        repeats = {} if found.repeats is None else found.repeats.values[layer]
+        return {
+            "head": head,
+            "name": found.name(layer, head),
+            "kinds": found.kinds[layer][head],
+            "roles": found.roles_of(layer, head),
+            "statistics": {name: _finite(values[head]) for name, values in found.values.values[layer].items()},
+            "repeated_tokens": {name: _finite(values[head]) for name, values in repeats.items()},
+            "attended": attended(pattern[head]),
+        }
+
+    return {
+        "layer": layer,
+        "label": found.maps.labels[layer],
+        "site": found.maps.calls[layer].site,
+        "attended": attended(pattern.mean(0)),
+        "heads": [of_head(head) for head in heads],
+    }
+
+
+def _ranked_as_json(found: Findings, one: Ranked) -> dict[str, Any]:
+    layer, head, value = one
+    return {"layer": layer, "head": head, "name": found.name(layer, head), "value": value}
+
+
+def _finite(value: Tensor) -> float | None:
+    return None if math.isnan(float(value)) or math.isinf(float(value)) else float(value)
+
+
+def _entropy(found: Findings, one: Ranked) -> float | None:
+    layer, head, _ = one
+    return _finite(found.values.values[layer]["entropy"][head])
+
+
+def tell(console: Console, found: Findings, selection: Selection, top_k: int, of_heads: bool) -> None:
+    """Print what has been found.
+
+    Args:
+        of_heads: list attended tokens for each head of the selection, not for the mean of its last layer.
+    """
+    maps = found.maps
+    n_heads = {maps.n_heads(layer) for layer in range(len(maps))}
+    heads = f"{n_heads.pop()} heads" if len(n_heads) == 1 else "heads of various numbers"
+    n_tokens = "" if maps.tokens is None else f", {len(maps.tokens)} tokens"
+    console.print(Text(f"{found.subject.name}: {len(maps)} layers of {heads}{n_tokens}"))
+    for note in found.notes:
+        console.print(Text(note, style="italic"))
+    console.print(_head_table(found, selection))
+    for what, one in found.remarkable.items():
+        if one is not None:
+            unit = (
+                "tokens back or ahead on average" if what == "longest range" else "of the entropy of uniform attention"
+            )
+            value = f"{one[2]:.1f} {unit}" if what == "longest range" else f"{one[2]:.0%} {unit}"
+            console.print(Text(f"{what.capitalize()} head: {found.name(*one[:2])} ({value})"))
+    if found.induction:
+        best = ", ".join(f"{found.name(*one[:2])} {one[2]:.2f}" for one in found.induction[:RANKED])
+        console.print(Text(f"Induction score on repeated random tokens, from the highest: {best}"))
+    for layer, chosen in selection if of_heads else selection[-1:]:
+        pattern = maps.pattern(layer)
+        label = maps.labels[layer]
+        for title, weights in (
+            [(found.name(layer, head), pattern[head]) for head in chosen]
+            if of_heads
+            else [(f"{label}, mean over its heads", pattern.mean(0))]
+        ):
+            console.print(_attended_table(found, layer, weights, top_k, title))
+
+
+def tell_comparison(console: Console, comparison: Comparison) -> None:
+    """Print what has changed."""
+    before, after = comparison.before, comparison.after
+    title = f"Heads that changed most, from {before.subject.name} to {after.subject.name}"
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("head", "weight that moved", "entropy before", "after"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    for one in comparison.most_changed[: 2 * RANKED]:
+        entropies = [_number(_entropy(x, one)) for x in (before, after)]
+        table.add_row(before.name(*one[:2]), f"{one[2]:.2f}", *entropies)
+    console.print(table)
+    changes = list(comparison.role_changes())
+    for head, lost, taken in changes:
+        words = [*(f"no longer {role}" for role in lost), *(f"now {role}" for role in taken)]
+        console.print(Text(f"{head}: {', '.join(words)}"))
+    if not changes:
+        console.print("No head has taken on a role, or lost one.")
+
+
+def _head_table(found: Findings, selection: Selection) -> Table:
+    heads = [(layer, head) for layer, chosen in selection for head in chosen]
+    title = "Heads"
+    if len(heads) > LISTED:
+        wanted = set(heads)
+        focused = [one[:2] for one in reversed(ranking(found.values, "normalized_entropy")) if one[:2] in wanted]
+        title = f"The {LISTED} most focused of {len(heads)} heads (all: --json)"
+        heads = sorted((focused or heads)[:LISTED])
+    table = Table(title=title, title_justify="left")
+    columns = {
+        "entropy": "entropy", "of at most": "max_entropy", "itself": "diagonal_mean", "previous": "previous_token",
+        "first": "first_token", "largest": "max_weight", "distance": "mean_distance",
+    }  # fmt: skip
+    for column in ("layer", "head", *columns, "induction", "looks", "roles"):
+        table.add_column(column, justify="left" if column in ("head", "looks", "roles") else "right")
+    for layer, head in heads:
+        values = found.values.values[layer]
+        induction = None if found.repeats is None else _finite(found.repeats.values[layer]["induction"][head])
+        table.add_row(
+            str(layer),
+            found.name(layer, head),
+            *(_number(_finite(values[name][head])) for name in columns.values()),
+            _number(induction),
+            ", ".join(found.kinds[layer][head]),
+            ", ".join(found.roles_of(layer, head)),
+        )
+    return table
+
+
+def _attended_table(found: Findings, layer: int, weights: Tensor, top_k: int, title: str) -> Table:
+    queries, keys = found.maps.tokens_of(layer)
+
+    def label(tokens: Sequence[str] | None, position: int) -> str:
+        return str(position) if tokens is None else visible(tokens[position])
+
+    table = Table(title=Text(f"Most attended by each token: {title}"), title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("token")
+    for rank in range(min(top_k, weights.shape[-1])):
+        table.add_column(f"{rank + 1}.")
+    for query, row in enumerate(top_attended(weights, top_k)):
+        cells = [Text(f"{label(keys, key)} {weight:.2f}") for key, weight in row]
+        table.add_row(str(query), Text(label(queries, query)), *cells)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
