@@ -128,7 +128,7 @@ def _over_layers(found: Findings, statistics: Sequence[str], vmax: float | None)
     stacks = list(dict.fromkeys(maps.stacks))
     for i, stack in enumerate(stacks):
         layers = [layer for layer, of in enumerate(maps.stacks) if of == stack]
-        suffix, of_stack = ("", "") if len(stacks) == 1 else (f"_{i}", f" of {stack}")
+        suffix, of_stack = ("", "") if len(stacks) == 1 else (f"_{i}", f": {stack}")
         names, labels = [f"L{layer}" for layer in layers], maps.tokens_of(layers[0])
 
         def averaged(layers: Any = layers, names: Any = names, labels: Any = labels, of: str = of_stack) -> Figure:

@@ -193,13 +193,17 @@ def _load_folder(folder: Path) -> Subject:
         model = transformers.AutoModel.from_pretrained(folder, **local).eval()
     except Exception as error:  # whatever a folder may bring about
         raise InputError(f"The model in {folder} could not be loaded: {_first_line(error)}") from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-    except Exception as error:
+    tokenizer, reason = None, "it has no such files"  # of which transformers would make up an empty one
+    if any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+        except Exception as error:
+            reason = _first_line(error)
+    if tokenizer is None:
         raise InputError(
-            f"The model in {folder} has no tokenizer that can be loaded ({_first_line(error)}); save one into its "
-            "folder with tokenizer.save_pretrained()."
-        ) from error
+            f"The model in {folder} has no tokenizer that can be loaded ({reason}); save one into its folder with "
+            "tokenizer.save_pretrained()."
+        )
     config = model.config
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     if getattr(config, "model_type", "") in ("t5", "mt5", "umt5"):

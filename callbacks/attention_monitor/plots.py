@@ -370,7 +370,8 @@ def _difference(before: Any, after: Any, shape: str) -> np.ndarray:
     a, b = _array(before, "before", shape), _array(after, "after", shape)
     if a.shape != b.shape:
         raise AttentionMonitorError(f"Maps of one shape can be compared, got {a.shape} before and {b.shape} after.")
-    return b - a
+    with np.errstate(invalid="ignore"):  # of infinities
+        return b - a
 
 
 def _weight_norm(maps: Sequence[np.ndarray] | np.ndarray, vmax: float | None) -> Normalize:

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .diagnosis import Diagnosis, HeadRoles
 from .errors import AttentionMonitorError, is_whole
 from .layers import LayerOutputs, with_layers
 from .probes import MAX_MAP_SIZE, EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
-from .rows import Workspace
+from .rows import BLOCK_ELEMENTS, Workspace
 from .snapshots import HeadScore, Snapshot
 from .statistics import DEFAULT_STATISTICS, HeadTotals, Statistic, resolve_statistics
 from .writers import Writer, sinks_for
@@ -194,15 +193,16 @@ class Recording:
 def picture(call: AttentionCall) -> Tensor:
     """The pattern (B, H, Q, K), or its largest weights over a grid of at most MAX_MAP_SIZE positions a side.
 
-    Only for looking at. Built a band of rows at a time: memory is O(K), not O(Q x K).
+    Only for looking at. A long one is built a band of rows at a time: memory is O(K), not O(Q x K).
     """
-    Q, K = call.shape[2:]
+    B, H, Q, K = call.shape
     if max(Q, K) <= MAX_MAP_SIZE:
         return call.pattern()
     rows, columns = min(Q, MAX_MAP_SIZE), min(K, MAX_MAP_SIZE)
-    edges = [Q * i // rows for i in range(rows + 1)]
-    bands = [F.adaptive_max_pool2d(call.pattern(start, stop), (1, columns)) for start, stop in pairwise(edges)]
-    return torch.cat(bands, dim=2)
+    if B * H * Q * K <= BLOCK_ELEMENTS:
+        return F.adaptive_max_pool2d(call.pattern(), (rows, columns))
+    bands = [(Q * i // rows, -(-Q * (i + 1) // rows)) for i in range(rows)]  # as adaptive_max_pool2d has them
+    return torch.cat([F.adaptive_max_pool2d(call.pattern(*band), (1, columns)) for band in bands], dim=2)
 
 
 def check_options(

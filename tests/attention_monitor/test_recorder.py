@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
+import attention_monitor.recorder as recorder_module
 from attention_monitor import (
+    AttentionCall,
     AttentionMonitor,
     AttentionMonitorError,
     AttentionRecorder,
@@ -283,3 +285,13 @@ def test_memory_does_not_grow_over_1000_sampled_steps(make):
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # in KB on Linux
     assert counts[1] - counts[0] < 100
     assert peaks[1] - peaks[0] < 5_000
+
+
+@pytest.mark.parametrize(("Q", "K"), [(97, 97), (250, 130), (96, 200), (300, 20)])
+def test_a_long_map_is_pooled_alike_whole_and_in_bands(Q, K, monkeypatch):
+    call = AttentionCall("attn", torch.randn(1, 2, Q, 4), torch.randn(1, 2, K, 4))
+    whole = recorder_module.picture(call)
+    monkeypatch.setattr(recorder_module, "BLOCK_ELEMENTS", 0)
+    assert torch.equal(recorder_module.picture(call), whole)
+    assert whole.shape == (1, 2, min(Q, 96), min(K, 96))
+    assert whole[0, 0, 0, 0] == call.pattern()[0, 0, : -(-Q // min(Q, 96)), : -(-K // min(K, 96))].max()

@@ -11,7 +11,7 @@ import pytest
 import tiktoken
 
 from gpt import InputError
-from gpt.tokenizer import load_bpe, load_bytes, load_gpt2
+from gpt.tokenizer import load_bpe, load_bytes, load_gpt2, restored_tokenizer, saved_tokenizer
 
 TEXT = "The cat sat on the mat.\nIt was fluffy; the cats weren't. Über 42 naïve 猫 🐈!\t end\n" * 50
 
@@ -114,3 +114,14 @@ def test_gpt2_is_tiktokens_own_read_from_its_cache(tmp_path):
         [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["gpt2", "[258]", "the"]
+
+
+def test_a_tokenizer_is_restored_from_plain_strings(tmp_path):
+    trained = load_bpe(["the cat sat on the mat. " * 20], 280, tmp_path / "a.tiktoken")
+    for encoding in (trained, load_bytes()):
+        saved = saved_tokenizer(encoding)
+        assert all(isinstance(value, str) for value in saved.values())
+        restored = restored_tokenizer(saved)
+        text = "the mat, ß and 🙂\n"
+        assert restored.encode_ordinary(text) == encoding.encode_ordinary(text)
+        assert (restored.name, restored.n_vocab) == (encoding.name, encoding.n_vocab)

@@ -1,0 +1,318 @@
+"""What is drawn: labels, extents, colours, and texts in cells."""
+
+import io
+import subprocess
+import sys
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+
+from attention_monitor import (
+    AttentionMonitorError,
+    animate_head,
+    plot_difference,
+    plot_differences,
+    plot_flow,
+    plot_head,
+    plot_heads,
+    plot_layers,
+    plot_matrix,
+    plots,
+)
+
+TOKENS = ["The", " cat", " sat", "\n"]
+
+
+def pattern(*shape, seed=0):
+    """Causal rows that sum to 1."""
+    scores = np.random.default_rng(seed).normal(size=shape)
+    scores = np.where(np.tri(*shape[-2:]) > 0, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def written(ax):
+    """(column, row) -> text in the cell."""
+    return {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts if text.get_text()}
+
+
+def maps(figure):
+    """Axes of maps, without that of the colour bar."""
+    return [ax for ax in figure.axes if ax.images]
+
+
+def pixels(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="raw", dpi=100)
+    width, height = (figure.get_size_inches() * 100).round().astype(int)
+    return np.frombuffer(file.getvalue(), np.uint8).reshape(height, width, 4)
+
+
+def test_a_head_is_drawn_with_queries_downwards_keys_across_and_its_weights_in_the_cells():
+    weights = pattern(4, 4)
+    ax = plot_head(weights, TOKENS, title="L0H1")
+    assert ax.get_title() == "L0H1"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert labels(ax.yaxis) == labels(ax.xaxis) == ["The", "·cat", "·sat", "↵"]
+    assert ax.get_ylim() == (3.5, -0.5)
+    assert ax.get_xlim() == (-0.5, 3.5)
+    np.testing.assert_array_equal(ax.images[0].get_array(), weights)
+    assert ax.images[0].get_clim() == (0, 1)
+    below = {(key, query): f"{weights[query, key]:.2f}" for query in range(4) for key in range(query + 1)}
+    assert written(ax) == below  # what is masked has no number
+
+
+def test_each_cell_has_the_colour_of_its_weight_and_a_number_that_can_be_read():
+    ax = plot_head(np.array([[1.0, 0.0], [0.25, 0.75]]), ["a", "b"])
+    drawn = pixels(ax.figure)
+    for query, key, weight in [(0, 0, 1), (0, 1, 0), (1, 0, 0.25), (1, 1, 0.75)]:
+        x, y = ax.transData.transform((key - 0.35, query - 0.35))  # clear of the number
+        expected = plots.COLOURS(np.sqrt(weight), bytes=True)[:3]
+        assert np.abs(drawn[len(drawn) - int(y), int(x), :3].astype(int) - expected).max() <= 4
+    colours = {text.get_text(): text.get_color() for text in ax.texts}
+    assert colours["1.00"] == "black"  # on yellow
+    assert colours["0.25"] == "white"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_tensors_of_every_type_are_drawn_as_they_are(dtype):
+    weights = torch.tensor([[1, 0], [0.25, 0.75]], dtype=dtype, requires_grad=True)
+    np.testing.assert_array_equal(plot_head(weights).images[0].get_array(), [[1, 0], [0.25, 0.75]])
+
+
+def test_cross_attention_has_labels_of_its_own_for_keys():
+    ax = plot_head(np.full((2, 3), 1 / 3), ["le", " chat"], ["the", " big", " cat"])
+    assert labels(ax.yaxis) == ["le", "·chat"]
+    assert labels(ax.xaxis) == ["the", "·big", "·cat"]
+    only_queries = plot_head(np.full((2, 3), 1 / 3), ["le", " chat"])
+    assert labels(only_queries.yaxis) == ["le", "·chat"]
+    assert "le" not in labels(only_queries.xaxis)
+
+
+@pytest.mark.parametrize(
+    ("n", "labelled", "numbers"), [(5, True, True), (12, True, True), (60, True, False), (300, False, False)]
+)
+def test_labels_and_numbers_are_there_while_there_is_room(n, labelled, numbers):
+    ax = plot_head(pattern(n, n), [f"t{i}" for i in range(n)])
+    assert (f"t{n - 1}" in labels(ax.xaxis)) == labelled
+    assert bool(ax.texts) == numbers
+    assert max(pixels(ax.figure).shape) <= 1700
+
+
+@pytest.mark.parametrize("n", [5, 60])
+def test_labels_do_not_overlap_and_lie_in_the_picture(n):
+    ax = plot_head(pattern(n, n), ["Donau"] * n)
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.yaxis.get_ticklabels()]
+    assert all(a.y0 >= b.y1 - 1 for a, b in pairwise(boxes))
+    boxes += [label.get_window_extent() for label in ax.xaxis.get_ticklabels()]
+    assert min(box.x0 for box in boxes) >= 0
+    assert min(box.y0 for box in boxes) >= 0
+
+
+def test_a_scale_may_end_at_the_largest_weight():
+    weights = np.array([[0.5, 0.1], [0.2, 0.3]])
+    assert plot_head(weights, vmax=None).images[0].get_clim() == (0, 0.5)
+    figure = plot_heads(np.stack([weights, weights / 2]), vmax=None)
+    assert [ax.images[0].get_clim() for ax in maps(figure)] == [(0, 0.5), (0, 0.5)]  # one scale for all
+    assert plot_head(np.zeros((2, 2)), vmax=None).images[0].get_clim() == (0, 1)
+
+
+def test_it_is_drawn_where_one_wants_and_nothing_else_is_touched():
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert plot_head(pattern(3, 3), ax=left, colorbar=False) is left
+    assert not right.images
+    assert len(figure.axes) == 2
+    plot_head(pattern(3, 3), ax=right)
+    assert len(figure.axes) == 3  # with a colour bar
+
+
+def test_a_difference_is_centred_at_0_and_red_where_there_is_more():
+    before, after = np.array([[1.0, 0.0], [0.7, 0.3]]), np.array([[1.0, 0.0], [0.1, 0.9]])
+    ax = plot_difference(before, torch.tensor(after), ["a", "b"])
+    np.testing.assert_allclose(ax.images[0].get_array(), after - before)
+    low, high = ax.images[0].get_clim()
+    assert low == -high == pytest.approx(-0.6)
+    red, _, blue, _ = ax.images[0].to_rgba(0.6)
+    assert red > blue
+    red, _, blue, _ = ax.images[0].to_rgba(-0.6)
+    assert blue > red
+    assert written(ax) == {(0, 1): "-0.60", (1, 1): "0.60"}
+    assert plot_difference(before, before).images[0].get_clim() == (-1, 1)
+
+
+@pytest.mark.parametrize("n_heads", [2, 12, 96])
+@pytest.mark.parametrize("n", [5, 60, 300])
+def test_all_heads_are_on_one_page_that_is_not_huge(n_heads, n):
+    weights = pattern(n_heads, n, n)
+    figure = plot_heads(weights, ["token"] * n, title="L0: all heads")
+    drawn = maps(figure)
+    assert [ax.get_title() for ax in drawn] == [f"H{head}" for head in range(n_heads)]
+    for ax, expected in zip(drawn, weights, strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), expected)
+    boxes = [ax.get_position() for ax in drawn]
+    assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert [text.get_text() for text in figure.texts] == ["L0: all heads"]
+    width, height = figure.get_size_inches() * 100
+    assert max(width, height) <= 4000
+    each = boxes[0].width * width
+    assert each >= min(n, 240)  # a pixel for each position, as far as that goes
+    assert ("token" in labels(drawn[0].xaxis)) == (n == 5 or (n == 60 and n_heads == 2))
+
+
+def test_layers_are_averaged_over_heads_and_may_differ_in_shape():
+    first, second = pattern(3, 4, 4), pattern(2, 4, 4, seed=1)
+    drawn = maps(plot_layers([first, torch.tensor(second[0])], TOKENS, names=["a", "b"]))
+    assert [ax.get_title() for ax in drawn] == ["a", "b"]
+    np.testing.assert_allclose(drawn[0].images[0].get_array(), first.mean(0))
+    np.testing.assert_array_equal(drawn[1].images[0].get_array(), second[0])
+    assert len(maps(plot_layers([first, pattern(1, 7, 7)]))) == 2
+
+
+def test_differences_of_all_heads_share_a_scale():
+    before, after = pattern(3, 4, 4), pattern(3, 4, 4, seed=1)
+    drawn = maps(plot_differences(before, after, TOKENS, title="changes"))
+    largest = np.abs(after - before).max()
+    assert [ax.images[0].get_clim() for ax in drawn] == [(-largest, largest)] * 3
+
+
+def test_flow_has_a_line_of_means_and_a_band_over_heads():
+    itself = [torch.tensor([0.1, 0.3]), torch.tensor([0.5, torch.nan])]
+    ax = plot_flow({"itself": itself, "earlier tokens": [0.8, 0.5]}, ["L0", "L1"])
+    lines = {line.get_label(): line.get_ydata() for line in ax.lines}
+    np.testing.assert_allclose(lines["itself"], [0.2, 0.5])
+    np.testing.assert_allclose(lines["earlier tokens"], [0.8, 0.5])
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {0.1, 0.3} <= {round(y, 6) for x, y in band if x == 0}
+    assert labels(ax.xaxis) == ["L0", "L1"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["itself", "earlier tokens"]
+    low, high = ax.get_ylim()
+    assert low <= 0 < 1 <= high
+
+
+def test_a_matrix_has_layers_downwards_heads_across_and_values_in_its_cells():
+    ax = plot_matrix([[0.5, 12.34], [torch.nan, 5328.0]], ["L0", "L7"], title="max_score", vmin=0)
+    assert labels(ax.yaxis) == ["L0", "L7"]
+    assert labels(ax.xaxis) == ["H0", "H1"]
+    assert written(ax) == {(0, 0): "0.50", (1, 0): "12.3", (1, 1): "5328"}
+    assert ax.images[0].get_clim() == (0, 5328)
+    ragged = plot_matrix([[1.0], [1.0, 2.0, 3.0]])
+    assert ragged.images[0].get_array().mask.tolist() == [[False, True, True], [False] * 3]
+    assert not plot_matrix(np.ones((2, 96))).texts
+    assert not plot_matrix([[np.nan]]).texts
+
+
+def test_an_animation_shows_each_step_and_can_be_saved(tmp_path):
+    from PIL import Image
+
+    patterns, seen = np.stack([pattern(4, 4, seed=i) for i in range(3)]), []
+    animation = animate_head(patterns, [0, 50, 100], TOKENS, title="L0H1")
+    animation.save(tmp_path / "head.gif", writer="pillow", progress_callback=lambda i, n: seen.append((i, n)))
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+    with Image.open(tmp_path / "head.gif") as gif:
+        assert gif.n_frames == 3
+    ax = animation._fig.axes[0]
+    for frame, step in enumerate([0, 50, 100]):
+        animation._func(frame)
+        assert ax.get_title() == f"L0H1  step {step}"
+        np.testing.assert_array_equal(ax.images[0].get_array(), patterns[frame])
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plot_head(np.ones((2, 3, 3))), r"pattern must be numbers of shape \(Q, K\), got float64 of shape \(2"),
+        (lambda: plot_heads(np.ones((3, 3))), r"patterns must be numbers of shape \(H, Q, K\)"),
+        (lambda: plot_head(np.array([["a"]])), "pattern must be numbers"),
+        (lambda: plot_head(np.ones((3, 3)), ["a", "b"]), r"tokens must be a list with a label for each of 3 queries"),
+        (lambda: plot_head(np.ones((3, 3)), "abc"), "tokens must be a list"),
+        (lambda: plot_head(np.ones((2, 3)), ["a", "b"], ["c"]), "key_tokens must be a list with a label for each of 3"),
+        (lambda: plot_head(np.ones((0, 3))), "There is nothing to draw"),
+        (lambda: plot_heads(np.ones((0, 3, 3))), "There is nothing to draw"),
+        (lambda: plot_heads(np.ones((2, 3, 3)), names=["a"]), "names must be a list with a label for each of 2 maps"),
+        (lambda: plot_difference(np.ones((2, 2)), np.ones((3, 3))), r"Maps of one shape.*got \(2, 2\) before"),
+        (lambda: plot_layers([np.ones(3)]), r"a layer's pattern must be numbers of shape \(H, Q, K\) or \(Q, K\)"),
+        (lambda: plot_flow({}), "flow must have the same layers"),
+        (lambda: plot_flow({"a": [1], "b": [1, 2]}), r"got {'a': 1, 'b': 2}"),
+        (lambda: plot_matrix([]), "values must have a layer with a head"),
+        (lambda: animate_head(np.ones((2, 3, 3)), [1]), "a step for each of one or more maps, got 1, 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused(draw, message):
+    with pytest.raises(AttentionMonitorError, match=message):
+        draw()
+
+
+def test_hostile_tokens_and_numbers_are_drawn_without_a_warning():
+    strange = ["$\\frac", "\x1b[31m", "日本\u202e", "🙂", "שלום", "x" * 1000, "", "\\n_^{"]
+    weights = pattern(8, 8)
+    weights[3] = np.nan
+    weights[4, 0] = np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels(plot_head(weights, strange, title="$\\bad").figure)
+        pixels(plot_heads(np.stack([weights, weights]), strange, title="$\\bad", names=["$", "_"]))
+        pixels(plot_difference(weights, weights, strange).figure)
+        pixels(plot_matrix([[np.nan, np.inf]], ["$x"]).figure)
+
+
+@pytest.mark.parametrize(
+    ("token", "label"),
+    [(" the", "·the"), ("\t\r\n", "→↵↵"), ("\x1b[31m", "�[31m"), ("x" * 13, "x" * 11 + "…"), ("x" * 12, "x" * 12),
+     ("日" * 7, "日" * 5 + "…"), ("日" * 6, "日" * 6), ("a\u202eb", "a�b"), ("e\u0301", "e\u0301"), ("", "")],
+)  # fmt: skip
+def test_tokens_are_made_visible_in_at_most_twelve_columns(token, label):
+    assert plots.visible(token) == label
+
+
+def test_characters_that_matplotlib_lacks_are_drawn_in_a_font_that_has_them(tmp_path, monkeypatch):
+    assert plots.readable("日") == "▯" or plots.font_families("日") != ["DejaVu Sans"]  # where one is installed
+    builder = FontBuilder(1000, isTTF=True)
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0)), pen.lineTo((900, 0)), pen.lineTo((900, 900)), pen.closePath()
+    builder.setupGlyphOrder([".notdef", "one"])
+    builder.setupCharacterMap({0x13000: "one"})  # a hieroglyph
+    builder.setupGlyf({".notdef": pen.glyph(), "one": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "one": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Hieroglyphs", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "hieroglyphs.ttf")
+    assert plots.undrawable(["a\U00013000", "\U00013000"]) == "\U00013000"
+    assert plots.readable("\U00013000") == "▯"
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    font_manager.fontManager.addfont(tmp_path / "hieroglyphs.ttf")
+    plots._font_of.cache_clear()
+    try:
+        assert plots.undrawable(["a\U00013000"]) == ""
+        ax = plot_head(np.ones((1, 1)), ["a\U00013000"])
+        assert labels(ax.xaxis) == ["a\U00013000"]
+        assert ax.get_xticklabels()[0].get_fontfamily() == ["DejaVu Sans", "Hieroglyphs"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib warns of a glyph that is missing
+            pixels(ax.figure)
+    finally:
+        plots._font_of.cache_clear()
+
+
+def test_drawing_does_not_load_pyplot_nor_torch():
+    code = (
+        "import sys, numpy as np; from attention_monitor import plot_head, plot_heads, animate_head\n"
+        "plot_head(np.ones((1, 1))); plot_heads(np.ones((1, 1, 1)))\n"
+        "assert not {'matplotlib.pyplot', 'torch'} & set(sys.modules), 'loaded'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
