@@ -292,6 +292,6 @@ def test_a_long_map_is_pooled_alike_whole_and_in_bands(Q, K, monkeypatch):
     call = AttentionCall("attn", torch.randn(1, 2, Q, 4), torch.randn(1, 2, K, 4))
     whole = recorder_module.picture(call)
     monkeypatch.setattr(recorder_module, "BLOCK_ELEMENTS", 0)
-    assert torch.equal(recorder_module.picture(call), whole)
+    torch.testing.assert_close(recorder_module.picture(call), whole)  # products of other sizes round otherwise
     assert whole.shape == (1, 2, min(Q, 96), min(K, 96))
     assert whole[0, 0, 0, 0] == call.pattern()[0, 0, : -(-Q // min(Q, 96)), : -(-K // min(K, 96))].max()
