@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from attention_monitor import STATISTICS
+from attention_monitor.analysis import KINDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +24,12 @@ def test_the_statistics_page_is_what_the_registry_says():
     assert (ROOT / "docs/statistics.md").read_text(encoding="utf-8") == made, "run: python docs/make_statistics.py"
     own = {name for name, stat in STATISTICS.items() if stat.function.__module__ == "attention_monitor.statistics"}
     assert set(re.findall(r"^## `(\w+)`", made, re.MULTILINE)) == own
+
+
+def test_the_kinds_of_heads_are_told_with_their_rules():
+    page = (ROOT / "docs/analyze.md").read_text(encoding="utf-8")
+    for kind in KINDS:
+        assert f"| {kind.name} | `{kind.rule}` |" in page
 
 
 @pytest.mark.parametrize(

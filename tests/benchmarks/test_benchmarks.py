@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, overhead, sampling, statistics, throughput
+from benchmarks import analyze, machine, overhead, sampling, statistics, throughput
 from gpt import data
 
 ROOT = Path(__file__).parents[2]
@@ -78,3 +78,9 @@ def test_sampling_compares_with_the_whole_batch(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("word", ["torch", "Python", "threads"])
 def test_the_machine_is_described(word):
     assert word in machine.describe()
+
+
+def test_analyze(capsys):
+    found = analyze.main(["--layers", "1", "--heads", "2", "--width", "8", "--rounds", "1"])
+    assert 0 < found["start"] < found["all"]
+    assert "1 layers of 2 heads, 60 tokens, all pictures" in capsys.readouterr().out
