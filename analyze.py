@@ -20,12 +20,13 @@ from attention_monitor.plots import undrawable
 from attention_monitor.statistics import resolve_statistics
 from gpt import InputError
 from inspection.pictures import Picture, animation, difference_pictures, pictures
-from inspection.report import Selection, as_json, compare, look, tell, tell_comparison
+from inspection.report import Comparison, Findings, Selection, as_json, compare, look, tell, tell_comparison
 from inspection.subjects import Subject, checkpoints_in, load_subject, untrained_subject
 
 MATRICES = ("entropy", "max_weight", "mean_distance")
 SHOWN = 12  # windows that --show-plots opens at most
 DPI = 100
+FOLDER = Path("attention_plots")
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -63,7 +64,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
                          help="checkpoints of one run: a GIF of the head that --layer and --head name, or else of the "
                               "one that changes most from first to last")  # fmt: skip
     output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=Path, help="for pictures (default: attention_plots)")
+    output.add_argument("--output-dir", type=Path, help=f"for pictures (default: {FOLDER})")
     output.add_argument("--shared-scale", action="store_true",
                         help="the brightest colour is the largest weight in a picture, not 1")  # fmt: skip
     output.add_argument("--show-plots", action="store_true", help="open the pictures in windows too")
@@ -85,49 +86,58 @@ def main(args: Sequence[str] | None = None) -> None:
     """Look at what the command line says."""
     options = parse(args)
     text = options.text if options.file is None else read_text(options.file)
-    statistics = [stat.name for stat in resolve_statistics(list(options.statistics))]
-    vmax = None if options.shared_scale else 1.0
+    options.statistics = [stat.name for stat in resolve_statistics(list(options.statistics))]
     messages = Console(stderr=True)  # what goes to stdout may be JSON
-    output = options.output_dir or (None if options.json and not options.animate else Path("attention_plots"))
     if options.animate is not None:
-        animate(options, text, vmax, output or Path("attention_plots"), messages)
+        animate(options, text, messages)
         if options.checkpoint is None:
             return
-
-    subject = load_or_make(options)
-    found = look(subject, text, options.target, statistics)
+    found = look(load_or_make(options), text, options.target, options.statistics)
     selection = select(found.maps, options.layer, options.head)
     comparison = None
     if options.compare is not None:
-        comparison = compare(
-            found, look(load_subject(options.compare, options.device), text, options.target, statistics)
-        )
+        other = load_subject(options.compare, options.device)
+        comparison = compare(found, look(other, text, options.target, options.statistics))
     if options.json:
         print(json.dumps(as_json(found, selection, options.top_k, comparison), allow_nan=False))
     else:
         console = Console()
         if not console.is_terminal:
             console.width = 160
-        tell(console, found, selection, options.top_k, options.head is not None)
+        tell(console, found, selection, options.top_k, of_heads=options.head is not None)
         if comparison is not None:
             tell_comparison(console, comparison)
-    if output is None:
-        return
-    drawn = [(layer, heads[: options.max_heads]) for layer, heads in selection]
-    todo = pictures(
-        found, drawn, statistics, vmax, options.head is None, options.layer is None and options.head is None
-    )
+    if not options.json or options.output_dir is not None:
+        draw(options, found, selection, comparison, messages)
+
+
+def draw(
+    options: argparse.Namespace,
+    found: Findings,
+    selection: Selection,
+    comparison: Comparison | None,
+    messages: Console,
+) -> None:
+    """Write the pictures."""
+    most = max(len(heads) for _, heads in selection)
+    selection = [(layer, heads[: options.max_heads]) for layer, heads in selection]
+    whole, of_layers = options.head is None, options.head is None and options.layer is None
+    todo = pictures(found, selection, options.statistics, brightest(options), whole, of_layers)
     if comparison is not None:
-        todo += difference_pictures(comparison, drawn)
+        todo += difference_pictures(comparison, selection)
     if missing := undrawable([*(found.maps.tokens or ()), *(found.maps.target_tokens or ())]):
         say(messages, f"No installed font has {missing[:20]!r}: drawn as ▯ (fonts such as Noto Sans CJK have more).")
-    most = max(len(heads) for _, heads in selection)
     if most > options.max_heads:
         say(messages, f"{options.max_heads} heads of a layer are drawn; --max-heads {most} draws all.")
-    files = save(todo, output, messages)
-    say(messages, f"{len(todo)} pictures are in {output}")
+    files = save(todo, options.output_dir or FOLDER, messages)
+    say(messages, f"{len(todo)} pictures are in {options.output_dir or FOLDER}")
     if options.show_plots:
         show(files, messages)
+
+
+def brightest(options: argparse.Namespace) -> float | None:
+    """Weight with the brightest colour; None: the largest of a picture."""
+    return None if options.shared_scale else 1.0
 
 
 def read_text(path: str) -> str:
@@ -191,7 +201,7 @@ def show(files: Sequence[Path], messages: Console) -> None:
     plt.show()
 
 
-def animate(options: argparse.Namespace, text: str, vmax: float | None, folder: Path, messages: Console) -> None:
+def animate(options: argparse.Namespace, text: str, messages: Console) -> None:
     """Write a GIF of one head over the checkpoints of a run."""
     maps: dict[int, AttentionMaps] = {}
     for path in track(checkpoints_in(options.animate), "reading", console=messages, disable=not messages.is_terminal):
@@ -203,7 +213,8 @@ def animate(options: argparse.Namespace, text: str, vmax: float | None, folder: 
     chosen = {(layer, head) for layer, heads in select(last, options.layer, options.head) for head in heads}
     changes = ranked(moved(first, last))
     layer, head, share = next((one for one in changes if one[:2] in chosen), (*min(chosen), 0.0))
-    frames = animation([maps[step] for step in steps], steps, layer, head, vmax)
+    frames = animation([maps[step] for step in steps], steps, layer, head, brightest(options))
+    folder = options.output_dir or FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"layer_{layer}_head_{head}.gif"
     with Progress(console=messages, disable=not messages.is_terminal) as progress:
