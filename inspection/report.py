@@ -15,6 +15,7 @@ from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
 from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
 from attention_monitor.diagnosis import HeadRoles, head_name
 from attention_monitor.plots import visible
+from attention_monitor.probes import MIN_TOKENS
 
 from .subjects import Subject
 
@@ -93,12 +94,13 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
         repeats = subject.repeats()
         if repeats is None:
             notes.append("Its context is too short for repeated random tokens: there are no induction scores.")
-        elif [*map(len, repeats.values)] and repeats.labels != values.labels:
+        elif repeats.labels != values.labels:
             repeats = None
+            notes.append("It runs other layers on repeated random tokens: there are no induction scores.")
     except AttentionMonitorError as error:
         notes.append(f"There are no induction scores: {error}")
-    if maps.tokens is not None and len(maps.tokens) < 16:
-        notes.append("The roles sink and positional take a text of 16 tokens or more.")
+    if maps.tokens is not None and len(maps.tokens) < MIN_TOKENS:
+        notes.append(f"The roles sink and positional take a text of {MIN_TOKENS} tokens or more.")
     return Findings(subject, text, maps, values, repeats, notes)
 
 
