@@ -130,7 +130,8 @@ def draw(
     if most > options.max_heads:
         say(messages, f"{options.max_heads} heads of a layer are drawn; --max-heads {most} draws all.")
     files = save(todo, options.output_dir or FOLDER, messages)
-    say(messages, f"{len(todo)} pictures are in {options.output_dir or FOLDER}")
+    what = "1 picture is" if len(todo) == 1 else f"{len(todo)} pictures are"
+    say(messages, f"{what} in {options.output_dir or FOLDER}")
     if options.show_plots:
         show(files, messages)
 

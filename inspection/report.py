@@ -245,14 +245,15 @@ def tell(console: Console, found: Findings, selection: Selection, top_k: int, of
             if of_heads
             else [(f"{label}, mean over its heads", pattern.mean(0))]
         ):
-            console.print(_attended_table(found, layer, weights, top_k, title))
+            console.print(Text(f"Most attended by each token: {title}"))
+            console.print(_attended_table(found, layer, weights, top_k))
 
 
 def tell_comparison(console: Console, comparison: Comparison) -> None:
     """Print what has changed."""
     before, after = comparison.before, comparison.after
-    title = f"Heads that changed most, from {before.subject.name} to {after.subject.name}"
-    table = Table(title=Text(title), title_justify="left")
+    console.print(Text(f"Heads that changed most, from {before.subject.name} to {after.subject.name}"))
+    table = Table()
     for column in ("head", "weight that moved", "entropy before", "after"):
         table.add_column(column, justify="left" if column == "head" else "right")
     for one in comparison.most_changed[: 2 * RANKED]:
@@ -296,13 +297,13 @@ def _head_table(found: Findings, selection: Selection) -> Table:
     return table
 
 
-def _attended_table(found: Findings, layer: int, weights: Tensor, top_k: int, title: str) -> Table:
+def _attended_table(found: Findings, layer: int, weights: Tensor, top_k: int) -> Table:
     queries, keys = found.maps.tokens_of(layer)
 
     def label(tokens: Sequence[str] | None, position: int) -> str:
         return str(position) if tokens is None else visible(tokens[position])
 
-    table = Table(title=Text(f"Most attended by each token: {title}"), title_justify="left")
+    table = Table()
     table.add_column("", justify="right")
     table.add_column("token")
     for rank in range(min(top_k, weights.shape[-1])):
