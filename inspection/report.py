@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
 from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
 from attention_monitor.diagnosis import HeadRoles, head_name
-from attention_monitor.plots import visible
+from attention_monitor.labels import visible
 from attention_monitor.probes import MIN_TOKENS
 
 from .subjects import Subject

@@ -8,9 +8,7 @@ Shapes: L layers, H heads, Q queries, K keys. In a map queries go downwards and 
 square-root scale, so that diffuse rows can be told apart. Colours are safe for the colour-blind.
 """
 
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,17 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.ticker import MaxNLocator
 
 from .errors import AttentionMonitorError
+from .labels import drawable, font_families, readable, short_number
 
 COLOURS = colormaps["viridis"].with_extremes(bad="white")
 DIFFERENCES = colormaps["RdBu_r"].with_extremes(bad="lightgrey")  # red: more weight
 
 MAX_LABELS = 80  # positions of a map that get a label each; longer ones are numbered
 MAX_WRITTEN = 12  # positions of a map up to which weights are written into its cells
-MAX_LABEL_WIDTH = 12  # characters; those of wide scripts count twice
 LABEL_INCHES = 0.19  # that a position with a label takes
 TITLE_INCHES = 0.095  # that a character of a title takes
 
@@ -113,7 +110,7 @@ def plot_heads(
         vmax: weight with the brightest colour; None: the largest there is.
     """
     maps = list(_array(patterns, "patterns", "(H, Q, K)"))
-    names = names or [f"H{head}" for head in range(len(maps))]
+    names = [f"H{head}" for head in range(len(maps))] if names is None else names
     return _page(maps, names, tokens, key_tokens, title, _weight_norm(maps, vmax), COLOURS, "weight")
 
 
@@ -129,7 +126,7 @@ def plot_differences(
 ) -> Figure:
     """``plot_difference`` of several heads (H, Q, K), side by side, with one colour scale."""
     maps = list(_difference(before, after, "(H, Q, K)"))
-    names = names or [f"H{head}" for head in range(len(maps))]
+    names = [f"H{head}" for head in range(len(maps))] if names is None else names
     norm = _difference_norm(maps, vmax)
     return _page(maps, names, tokens, key_tokens, title, norm, DIFFERENCES, "difference of weights")
 
@@ -155,7 +152,7 @@ def plot_layers(
     for layer in patterns:
         weights = _array(layer, "a layer's pattern", "(H, Q, K)", "(Q, K)")
         maps.append(weights.mean(0) if weights.ndim == 3 else weights)
-    names = names or [f"L{layer}" for layer in range(len(maps))]
+    names = [f"L{layer}" for layer in range(len(maps))] if names is None else names
     return _page(maps, names, tokens, key_tokens, title, _weight_norm(maps, vmax), COLOURS, "weight")
 
 
@@ -193,8 +190,7 @@ def plot_flow(
     long = max(map(len, names)) > 4
     ax.set_xticks(layers, names, parse_math=False, rotation=90 if long else 0, fontsize=7 if long else 9)
     ax.legend(loc="best", framealpha=0.6)
-    if title:
-        ax.set_title(title, parse_math=False, fontsize=10)
+    _set_title(ax, title)
     return ax
 
 
@@ -220,6 +216,7 @@ def plot_matrix(
         annotate: write values into the cells; None: if there are at most 32 heads.
         colorbar: draw one beside the matrix.
     """
+    values = values.to_numpy() if hasattr(values, "to_numpy") else values  # a table of pandas is iterated by columns
     rows = [_array(row, "a row of values", "(H,)") for row in values]
     if not rows or not max(map(len, rows)):
         raise AttentionMonitorError("values must have a layer with a head, (L, H), got none.")
@@ -231,12 +228,16 @@ def plot_matrix(
     if ax is None:
         cell = 0.5 if written else 0.2
         label = 0.09 * max(map(len, names))
-        ax = _new_axes(max(3, matrix.shape[1] * cell + label + 1.2), max(1.5, matrix.shape[0] * 0.3 + 0.9))
+        width = max(3, matrix.shape[1] * cell + label + 1.2, TITLE_INCHES * len(title or "") + 2 * label)
+        ax = _new_axes(width, max(1.5, matrix.shape[0] * 0.3 + 0.9))
+    if vmin is not None and vmax is not None and vmin > vmax:
+        raise AttentionMonitorError(f"vmin must not be more than vmax, got {vmin} and {vmax}.")
     norm = Normalize(vmin, vmax)
     finite = matrix[np.isfinite(matrix)]
     norm.autoscale_None(finite if len(finite) else np.zeros(1))
     ax.imshow(matrix, cmap=COLOURS, norm=norm, aspect="auto", interpolation="nearest")
-    ax.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8)
+    names = [drawable(name) for name in names]
+    ax.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8, fontfamily=font_families(names))
     if matrix.shape[1] <= 32:
         ax.set_xticks(range(matrix.shape[1]), [f"H{head}" for head in range(matrix.shape[1])], fontsize=8)
     else:
@@ -247,8 +248,7 @@ def plot_matrix(
         _write_cells(ax, matrix, norm, COLOURS, 7.5, short_number)
     if colorbar:
         ax.figure.colorbar(ScalarMappable(norm, COLOURS), ax=ax, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
-    if title:
-        ax.set_title(title, parse_math=False, fontsize=10)
+    _set_title(ax, title)
     return ax
 
 
@@ -272,7 +272,7 @@ def animate_head(
 
     The others are those of ``plot_head``.
     """
-    maps = _array(patterns, "patterns", "(N, Q, K)")
+    maps, steps = _array(patterns, "patterns", "(N, Q, K)"), list(steps)
     if len(steps) != len(maps) or not len(maps):
         raise AttentionMonitorError(
             f"There must be a step for each of one or more maps, got {len(steps)}, {len(maps)}."
@@ -288,82 +288,34 @@ def animate_head(
 
     def draw(frame: int) -> tuple[Any, ...]:
         image.set_data(maps[frame])
-        return image, ax.set_title(heading(frame), parse_math=False, fontsize=10)
+        ax.title.set_text(heading(frame))
+        return image, ax.title
 
     return FuncAnimation(figure, draw, frames=len(maps), interval=interval, blit=False)
 
 
-def readable(token: str) -> str:
-    """A token as a short label of a picture: as ``visible``, and ▯ for characters that no installed font has."""
-    return "".join(c if _font_of(c) else "▯" for c in visible(token))
-
-
-def visible(token: str) -> str:
-    """A token in at most 12 columns: white space and control characters made visible, nothing interpreted."""
-    text = token.replace(" ", "·").replace("\n", "↵").replace("\r", "↵").replace("\t", "→")
-    text = "".join(c if _is_visible(c) else "�" for c in text)
-    widths = np.cumsum([2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text])
-    return (
-        text if not len(text) or widths[-1] <= MAX_LABEL_WIDTH else text[: int((widths < MAX_LABEL_WIDTH).sum())] + "…"
-    )
-
-
-def undrawable(tokens: Iterable[str]) -> str:
-    """Characters of labels that no installed font has, each once."""
-    return "".join(dict.fromkeys(c for token in tokens for c in token if c.isprintable() and not _font_of(c)))
-
-
-def font_families(texts: Iterable[str]) -> list[str]:
-    """Fonts that have the characters of texts between them, for matplotlib's ``fontfamily``."""
-    found = dict.fromkeys(family for text in texts for c in text if (family := _font_of(c)))
-    return list(dict.fromkeys(["DejaVu Sans", *found]))
-
-
-def _is_visible(c: str) -> bool:
-    # combining marks join what stands before them, among them those that emoji are put together with
-    return c.isprintable() or unicodedata.category(c) == "Mn"
-
-
-@cache
-def _font_of(c: str) -> str | None:
-    """Name of an installed font that has a character: matplotlib's own, if it does."""
-    if ord(c) in _charmap(findfont("DejaVu Sans")):
-        return "DejaVu Sans"
-    others = (font for font in fontManager.ttflist if not font.name.startswith("Last Resort"))  # boxes for everything
-    return next((font.name for font in others if ord(c) in _charmap(font.fname)), None)
-
-
-@cache
-def _charmap(path: str) -> frozenset[int]:
-    try:
-        return frozenset(get_font(path).get_charmap())
-    except (OSError, RuntimeError):  # gone, or in a format that matplotlib cannot draw
-        return frozenset()
-
-
-def short_number(value: float) -> str:
-    """At most six characters."""
-    if abs(value) < 10:
-        return f"{value:.2f}"
-    if abs(value) < 10_000:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
-
-
 def _array(x: Any, name: str, *shapes: str) -> np.ndarray:
-    """Numbers as numpy has them, float64.
+    """Numbers as numpy has them, float64; what is masked is NaN.
 
     Args:
-        x: tensor or array.
+        x: tensor or array, or a list of them.
         name: for the error.
         shapes: that it may have, such as "(H, Q, K)".
     """
-    array = x.detach().cpu().double().numpy() if hasattr(x, "detach") else np.asarray(x)
-    if array.dtype.kind not in "fiub" or array.ndim not in [sum(map(str.isalpha, shape)) for shape in shapes]:
-        raise AttentionMonitorError(
-            f"{name} must be numbers of shape {' or '.join(shapes)}, got {array.dtype} of shape {array.shape}."
-        )
-    return array.astype(np.float64)
+    try:
+        array = np.ma.asarray(_plain(x))
+        if array.dtype.kind in "fiub" and array.ndim in [sum(map(str.isalpha, shape)) for shape in shapes]:
+            return np.ma.filled(array.astype(np.float64), np.nan)
+        got = f"{array.dtype} of shape {array.shape}"
+    except ValueError:
+        got = "parts of different shapes"
+    raise AttentionMonitorError(f"{name} must be numbers of shape {' or '.join(shapes)}, got {got}.")
+
+
+def _plain(x: Any) -> Any:
+    if hasattr(x, "detach"):
+        return x.detach().cpu().double().numpy()
+    return [_plain(part) for part in x] if isinstance(x, list | tuple) else x
 
 
 def _difference(before: Any, after: Any, shape: str) -> np.ndarray:
@@ -375,12 +327,20 @@ def _difference(before: Any, after: Any, shape: str) -> np.ndarray:
 
 
 def _weight_norm(maps: Sequence[np.ndarray] | np.ndarray, vmax: float | None) -> Normalize:
-    return PowerNorm(0.5, 0, _largest(maps) if vmax is None else vmax)
+    return PowerNorm(0.5, 0, _checked_vmax(maps, vmax))
 
 
 def _difference_norm(maps: Sequence[np.ndarray], vmax: float | None) -> Normalize:
-    vmax = _largest(maps) if vmax is None else vmax
+    vmax = _checked_vmax(maps, vmax)
     return Normalize(-vmax, vmax)
+
+
+def _checked_vmax(maps: Sequence[np.ndarray] | np.ndarray, vmax: float | None) -> float:
+    if vmax is None:
+        return _largest(maps)
+    if not vmax > 0:
+        raise AttentionMonitorError(f"vmax must be more than 0, got {vmax}; None is the largest there is.")
+    return vmax
 
 
 def _largest(maps: Sequence[np.ndarray] | np.ndarray) -> float:
@@ -388,12 +348,12 @@ def _largest(maps: Sequence[np.ndarray] | np.ndarray) -> float:
     return max((float(np.abs(m[np.isfinite(m)]).max(initial=0)) for m in maps), default=0) or 1.0
 
 
-def _checked_labels(labels: Sequence[str] | None, n: int, name: str, of: str) -> list[str] | None:
+def _checked_labels(labels: Sequence[Any] | None, n: int, name: str, of: str) -> list[str] | None:
     if labels is None:
         return None
     if isinstance(labels, str) or len(labels) != n:
         raise AttentionMonitorError(f"{name} must be a list with a label for each of {n} {of}, got {labels!r}.")
-    return list(labels)
+    return [str(label) for label in labels]
 
 
 def _labels_of_map(
@@ -426,25 +386,64 @@ def _map(
         raise AttentionMonitorError(f"There is nothing to draw in a map of shape {weights.shape}.")
     labels = _labels_of_map(weights.shape, tokens, key_tokens)
     written = max(weights.shape) <= MAX_WRITTEN if annotate is None else annotate
+    bar_axes = None
     if ax is None:
-        inches = []
-        for n, of in zip(weights.shape, labels, strict=True):
-            labelled = of is not None and n <= MAX_LABELS
-            inches.append(max(2.4, n * (0.34 if written else LABEL_INCHES)) if labelled else min(8.0, max(3.0, n / 50)))
-        ax = _new_axes(max(inches[1] + 1.6, TITLE_INCHES * len(title or "")), inches[0] + 1.2)
+        ax, bar_axes = _axes_for_map(weights.shape, labels, written, title or "", colorbar is not None)
     ax.imshow(weights, cmap=colours, norm=norm, interpolation="nearest" if max(weights.shape) <= 100 else None,
-              aspect="equal" if 0.25 < weights.shape[0] / weights.shape[1] < 4 else "auto")  # fmt: skip
+              aspect="auto" if bar_axes or not 0.25 < weights.shape[0] / weights.shape[1] < 4 else "equal")  # fmt: skip
     _label(ax, *labels, fontsize=7)
     ax.set(xlabel="key", ylabel="query")
-    if title:
-        ax.set_title(title, parse_math=False, fontsize=10)
+    _set_title(ax, title)
     if written:
         _write_cells(ax, weights, norm, colours, 6.5, lambda value: f"{value:.2f}" if value else "")  # 0: masked
     if colorbar is not None:
-        bar = ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, fraction=0.046, pad=0.03)
+        where: dict[str, Any] = {"cax": bar_axes} if bar_axes else {"ax": ax, "fraction": 0.046, "pad": 0.03}
+        bar = ax.figure.colorbar(ScalarMappable(norm, colours), **where)
         bar.set_label(colorbar, fontsize=8)
         bar.ax.tick_params(labelsize=7)
     return ax
+
+
+def _axes_for_map(
+    shape: tuple[int, ...], labels: tuple[list[str] | None, list[str] | None], written: bool, title: str, with_bar: bool
+) -> tuple[Axes, Axes | None]:
+    """Axes in a new figure with room for labels, title and colour bar, and those of the bar."""
+    labelled = [of is not None and n <= MAX_LABELS for n, of in zip(shape, labels, strict=True)]
+    if 0.25 < shape[0] / shape[1] < 4 and labelled[0] == labelled[1]:  # square cells
+        cell = _side_inches(max(shape), labelled[0], written) / max(shape)
+        height, width = shape[0] * cell, shape[1] * cell
+    else:
+        height, width = (_side_inches(n, of, written) for n, of in zip(shape, labelled, strict=True))
+    left, bottom = (0.45 + _label_inches(of) for of in labels)
+    right = 0.95 if with_bar else 0.15
+    # a title is centred over the map, and may be wider
+    beyond = TITLE_INCHES * len(title) / 2 - width / 2
+    left, right = max(left, beyond), max(right, beyond)
+    total = left + width + right, bottom + height + 0.35
+    figure = Figure(figsize=total)
+
+    def axes(x: float, y: float, w: float, h: float) -> Axes:
+        return figure.add_axes((x / total[0], y / total[1], w / total[0], h / total[1]))
+
+    of_map, bar_height = axes(left, bottom, width, height), min(height, 4.0)
+    return of_map, axes(left + width + 0.12, bottom + height - bar_height, 0.14, bar_height) if with_bar else None
+
+
+def _side_inches(n: int, labelled: bool, written: bool) -> float:
+    """Side of a map with n positions."""
+    return max(2.4, n * (0.34 if written else LABEL_INCHES)) if labelled else min(8.0, max(3.0, n / 50))
+
+
+def _label_inches(labels: list[str] | None) -> float:
+    """Length of the longest label of positions."""
+    if labels is None or len(labels) > MAX_LABELS:
+        return 0.3
+    return 0.1 + 0.075 * max((len(readable(label)) for label in labels), default=0)
+
+
+def _set_title(ax: Axes, title: str | None) -> None:
+    if title:
+        ax.set_title(drawable(title), parse_math=False, fontsize=10, fontfamily=font_families(title))
 
 
 def _label(ax: Axes, queries: list[str] | None, keys: list[str] | None, fontsize: float) -> None:
@@ -459,7 +458,7 @@ def _label(ax: Axes, queries: list[str] | None, keys: list[str] | None, fontsize
         else:
             axis.set_major_locator(MaxNLocator(integer=True))
             axis.set_tick_params(labelsize=fontsize)
-        axis.set_tick_params(length=0 if labels else 2, pad=2)
+        axis.set_tick_params(length=0 if labels is not None and len(labels) <= MAX_LABELS else 2, pad=2)
 
 
 def _write_cells(ax: Axes, values: np.ndarray, norm: Normalize, colours: Colormap, fontsize: float, form: Any) -> None:
@@ -492,8 +491,8 @@ def _page(
     side = n * LABEL_INCHES
     labelled = tokens is not None and n <= MAX_LABELS and columns * (side + 0.8) <= 26
     if labelled:
-        long = max(len(readable(token)) for pair in labels for of in pair for token in of or [""])
-        side, gap = max(1.6, side), (0.3 + 0.06 * long, 0.4 + 0.06 * long)  # labels at the left and below, names above
+        room = max(_label_inches(of) for pair in labels for of in pair)
+        side, gap = max(1.6, side), (0.15 + room, 0.3 + room)  # labels at the left and below, names above
     else:  # a pixel or more for each position, as far as 4000 pixels go
         side, gap = min(36 / columns, max(1.3, n / 100, min(4, 11 / columns))), (0.12, 0.28)
     left, top, bar = 0.15, 0.75 if title else 0.45, 0.75
@@ -509,11 +508,16 @@ def _page(
             _label(ax, *labels[i], fontsize=6.5)
         else:
             ax.set(xticks=[], yticks=[])
-        ax.set_title(name, parse_math=False, fontsize=8, pad=2)
+        name = drawable(name)
+        fitting = max(3, int((side + gap[0]) / 0.075))
+        name = name if len(name) <= fitting else "…" + name[1 - fitting :]
+        ax.set_title(name, parse_math=False, fontsize=8, pad=2, fontfamily=font_families(name))
     x, length = left + columns * (side + gap[0]) + 0.15, min(3.0, height - top - 0.2)
     scale = figure.add_axes((x / width, 1 - (top + length) / height, 0.12 / width, length / height))
     figure.colorbar(ScalarMappable(norm, colours), cax=scale).ax.tick_params(labelsize=6)
     scale.set_title(colorbar.replace(" of ", "\nof "), fontsize=6)
     if title:
-        figure.text(left / width, 1 - 0.22 / height, title, fontsize=11, va="center", parse_math=False)
+        families = font_families(title)
+        place = left / width, 1 - 0.22 / height
+        figure.text(*place, drawable(title), fontsize=11, va="center", parse_math=False, fontfamily=families)
     return figure

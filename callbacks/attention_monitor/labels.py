@@ -1,0 +1,74 @@
+"""Texts and numbers as they are written into pictures and tables: short, readable, nothing interpreted."""
+
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+
+import numpy as np
+from matplotlib.font_manager import findfont, fontManager, get_font
+
+MAX_LABEL_WIDTH = 12  # characters of a token; those of wide scripts count twice
+
+
+def readable(token: str) -> str:
+    """A token as a short label of a picture: as ``visible``, and ▯ for characters that no installed font has."""
+    return drawable(visible(token))
+
+
+def drawable(text: str) -> str:
+    """A text with ▯ for characters that no installed font has."""
+    return "".join(c if _font_of(c) else "▯" for c in text)
+
+
+def visible(token: str) -> str:
+    """A token in at most 12 columns: white space and control characters made visible, nothing interpreted."""
+    text = token.replace(" ", "·").replace("\n", "↵").replace("\r", "↵").replace("\t", "→")
+    text = "".join(c if _is_visible(c) else "�" for c in text)
+    widths = np.cumsum([2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text])
+    return (
+        text if not len(text) or widths[-1] <= MAX_LABEL_WIDTH else text[: int((widths < MAX_LABEL_WIDTH).sum())] + "…"
+    )
+
+
+def undrawable(tokens: Iterable[str]) -> str:
+    """Characters of labels that no installed font has, each once."""
+    return "".join(dict.fromkeys(c for token in tokens for c in token if c.isprintable() and not _font_of(c)))
+
+
+def font_families(texts: Iterable[str]) -> list[str]:
+    """Fonts that have the characters of texts between them, for matplotlib's ``fontfamily``."""
+    found = dict.fromkeys(family for text in texts for c in text if (family := _font_of(c)))
+    return list(dict.fromkeys(["DejaVu Sans", *found]))
+
+
+def _is_visible(c: str) -> bool:
+    # combining marks join what stands before them, among them those that emoji are put together with
+    return c.isprintable() or unicodedata.category(c) == "Mn"
+
+
+@cache
+def _font_of(c: str) -> str | None:
+    """Name of an installed font that has a character: matplotlib's own, if it does."""
+    if ord(c) in _charmap(findfont("DejaVu Sans")):
+        return "DejaVu Sans"
+    others = (font for font in fontManager.ttflist if not font.name.startswith("Last Resort"))  # boxes for everything
+    return next((font.name for font in others if ord(c) in _charmap(font.fname)), None)
+
+
+@cache
+def _charmap(path: str) -> frozenset[int]:
+    try:
+        return frozenset(get_font(path).get_charmap())
+    except (OSError, RuntimeError):  # gone, or in a format that matplotlib cannot draw
+        return frozenset()
+
+
+def short_number(value: float) -> str:
+    """At most six characters."""
+    if 0 < abs(value) < 0.005:
+        return f"{value:.0e}".replace("e-0", "e-")
+    if abs(value) < 10:
+        return f"{value:.2f}"
+    if abs(value) < 10_000:
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
