@@ -5,6 +5,7 @@ go to a folder and tables to the terminal; with --json, everything is printed as
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -71,11 +72,17 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--json", action="store_true",
                         help="print everything as JSON; draws nothing unless --output-dir is given")  # fmt: skip
     options = parser.parse_args(args)
-    untrained = [name for name in ("config", "n_layer", "n_head", "n_embd") if getattr(options, name) is not None]
-    if untrained and (options.checkpoint or options.animate):
-        parser.error(f"--{untrained[0].replace('_', '-')} is for an untrained model; leave it or the checkpoint out")
+
+    def given(*names: str) -> str | None:
+        """The first of these options that has been given."""
+        return next((f"--{n.replace('_', '-')}" for n in names if getattr(options, n) not in (None, False)), None)
+
+    if (options.checkpoint or options.animate) and (name := given("config", "n_layer", "n_head", "n_embd")):
+        parser.error(f"{name} is for an untrained model; leave it out where there are checkpoints")
     if options.compare and not options.checkpoint:
         parser.error("--compare needs a --checkpoint to compare with")
+    if options.animate and (name := given("checkpoint", "compare", "target", "json", "show_plots")):
+        parser.error(f"--animate makes a GIF and nothing else; leave {name} out")
     for name in ("max_heads", "top_k"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
@@ -88,16 +95,19 @@ def main(args: Sequence[str] | None = None) -> None:
     text = options.text if options.file is None else read_text(options.file)
     options.statistics = [stat.name for stat in resolve_statistics(list(options.statistics))]
     messages = Console(stderr=True)  # what goes to stdout may be JSON
+    if not options.json:
+        options.output_dir = options.output_dir or FOLDER
     if options.animate is not None:
         animate(options, text, messages)
-        if options.checkpoint is None:
-            return
+        return
     found = look(load_or_make(options), text, options.target, options.statistics)
     selection = select(found.maps, options.layer, options.head)
     comparison = None
     if options.compare is not None:
         other = load_subject(options.compare, options.device)
         comparison = compare(found, look(other, text, options.target, options.statistics))
+    if options.output_dir is not None:
+        make_folder(options.output_dir)  # before there is anything to read
     if options.json:
         print(json.dumps(as_json(found, selection, options.top_k, comparison), allow_nan=False))
     else:
@@ -107,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
         tell(console, found, selection, options.top_k, of_heads=options.head is not None)
         if comparison is not None:
             tell_comparison(console, comparison)
-    if not options.json or options.output_dir is not None:
+    if options.output_dir is not None:
         draw(options, found, selection, comparison, messages)
 
 
@@ -129,9 +139,9 @@ def draw(
         say(messages, f"No installed font has {missing[:20]!r}: drawn as ▯ (fonts such as Noto Sans CJK have more).")
     if most > options.max_heads:
         say(messages, f"{options.max_heads} heads of a layer are drawn; --max-heads {most} draws all.")
-    files = save(todo, options.output_dir or FOLDER, messages)
+    files = save(todo, options.output_dir, messages)
     what = "1 picture is" if len(todo) == 1 else f"{len(todo)} pictures are"
-    say(messages, f"{what} in {options.output_dir or FOLDER}")
+    say(messages, f"{what} in {options.output_dir}")
     if options.show_plots:
         show(files, messages)
 
@@ -141,10 +151,25 @@ def brightest(options: argparse.Namespace) -> float | None:
     return None if options.shared_scale else 1.0
 
 
-def read_text(path: str) -> str:
-    """Raises InputError when it is not there, or not UTF-8."""
+def make_folder(folder: Path) -> None:
+    """Raises InputError when it cannot be."""
     try:
-        return sys.stdin.buffer.read().decode() if path == "-" else Path(path).read_text(encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The output folder {folder} cannot be made: {error.strerror}.") from error
+
+
+def read_text(path: str) -> str:
+    """Of a file, or of standard input: -.
+
+    Raises:
+        InputError: when it is not there, or not UTF-8.
+    """
+    if path == "-" and sys.stdin is None:
+        raise InputError("Standard input is closed; give the text with --text, or --file PATH.")
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()  # line ends as Python has them
     except UnicodeDecodeError as error:
         raise InputError(
             f"The text in {path} is not UTF-8 ({error.reason}); convert it, e.g. with iconv -t UTF-8."
@@ -179,7 +204,6 @@ def select(maps: AttentionMaps, layer: int | None, head: int | None) -> Selectio
 
 def save(todo: Sequence[Picture], folder: Path, messages: Console) -> list[Path]:
     """Draw and write pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, draw in track(todo, "drawing", console=messages, disable=not messages.is_terminal):
         picture = draw()
         if isinstance(picture, Figure):
@@ -207,17 +231,25 @@ def animate(options: argparse.Namespace, text: str, messages: Console) -> None:
     maps: dict[int, AttentionMaps] = {}
     for path in track(checkpoints_in(options.animate), "reading", console=messages, disable=not messages.is_terminal):
         subject = load_subject(path, options.device)
-        if subject.step not in maps:  # last.ckpt is a copy of another
-            maps[subject.step or 0] = subject.read(text, say=lambda note: messages.print(note) if not maps else None)
+        step = subject.step or 0
+        if step in maps:  # last.ckpt is a copy of another
+            continue
+        found = subject.read(text, say=lambda note: say(messages, note) if not maps else None)
+        try:
+            moved(next(iter(maps.values()), found), found)
+        except AttentionMonitorError as error:
+            raise InputError(f"{path} is not of the same run as those before it. {error}") from error
+        maps[step] = found
     steps = sorted(maps)
+    if len(steps) < 2:
+        raise InputError(f"All checkpoints in {options.animate} are of step {steps[0]}; an animation takes two steps.")
     first, last = maps[steps[0]], maps[steps[-1]]
     chosen = {(layer, head) for layer, heads in select(last, options.layer, options.head) for head in heads}
-    changes = ranked(moved(first, last))
-    layer, head, share = next((one for one in changes if one[:2] in chosen), (*min(chosen), 0.0))
+    # where nothing can be said of a change, as in a text of one token, the first head
+    layer, head, share = next((one for one in ranked(moved(first, last)) if one[:2] in chosen), (*min(chosen), 0.0))
     frames = animation([maps[step] for step in steps], steps, layer, head, brightest(options))
-    folder = options.output_dir or FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"layer_{layer}_head_{head}.gif"
+    make_folder(options.output_dir)
+    path = options.output_dir / f"layer_{layer}_head_{head}.gif"
     with Progress(console=messages, disable=not messages.is_terminal) as progress:
         task = progress.add_task("drawing", total=len(steps))
         frames.save(path, writer="pillow", progress_callback=lambda i, n: progress.update(task, completed=i + 1))
@@ -235,5 +267,7 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # what reads the tables has seen enough
         sys.stderr.close()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (InputError, AttentionMonitorError, OSError) as error:
         sys.exit(f"analyze.py: error: {error}")

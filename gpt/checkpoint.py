@@ -43,7 +43,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         gpt = GPT(GPTConfig(**{name: hparams[name] for name in names}))
         gpt.load_state_dict(weights)
         return Checkpoint(gpt.eval(), restored_tokenizer(saved), int(state["global_step"]))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path} is not a checkpoint that train.py wrote with its tokenizer ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); give a .ckpt file from its checkpoints/ folder."
@@ -52,15 +54,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"The checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+        raise InputError(f"The checkpoint {path} {what}.")
     try:
         if not zipfile.is_zipfile(path):  # what torch wrote before 1.6, or anything
             raise InputError(f"{path} is not a checkpoint: it is not in the zip format that torch.save writes.")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} was not loaded: it holds more than tensors and plain values, and reading that could run code. "
-            f"({str(error).splitlines()[0]})"
+        raise InputError(  # not with what torch says, which goes on to tell how to run the code
+            f"{path} was not loaded: it is damaged, or holds more than tensors and plain values, and reading that "
+            "could run code."
         ) from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         if isinstance(error, InputError):

@@ -63,6 +63,8 @@ def parse_bpe(lines: str) -> tiktoken.Encoding:
     """The byte-pair encoding that a file in tiktoken's format describes."""
     entries = [line.split() for line in lines.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in entries}
+    if not {bytes([i]) for i in range(256)} <= set(ranks) or sorted(ranks.values()) != list(range(len(ranks))):
+        raise InputError("A byte-pair encoding has the 256 bytes and ranks from 0 on, and this one does not.")
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 

@@ -63,7 +63,7 @@ def difference_pictures(comparison: Comparison, selection: Selection) -> list[Pi
 
         def draw(layer: int = layer, heads: Sequence[int] = heads) -> Figure:
             a, b = (maps.pattern(layer)[list(heads)] for maps in (before, after))
-            title = f"{_title(before, layer)}: after - before"
+            title = f"{_title(before, layer).strip()}: after - before"
             names = [f"H{head}" for head in heads]
             return plot_differences(a, b, *before.tokens_of(layer), names=names, title=title, vmax=largest or 1)
 

@@ -20,7 +20,17 @@ from attention_monitor.probes import MIN_TOKENS
 from .subjects import Subject
 
 LISTED = 48  # heads in the terminal's table; of more, the most focused
+WORDS = 10  # columns for how a head looks, and for its roles; they wrap
 RANKED = 5  # heads in a ranking on the terminal
+COLUMNS = {  # of the terminal's table: heading -> statistic
+    "entropy": "entropy",
+    "of at most": "max_entropy",
+    "itself": "diagonal_mean",
+    "previous": "previous_token",
+    "first": "first_token",
+    "largest": "max_weight",
+    "distance": "mean_distance",
+}
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,18 @@ class Findings:
                 roles.update(snapshot)
         return {head: list(taken) for head, taken in roles.since().items()}
 
-    def name(self, layer: int, head: int) -> str:
-        """As in tags."""
+    def tag(self, layer: int, head: int) -> str:
+        """Name of a head as in tags."""
         return head_name(self.maps.labels[layer], head)
 
     def roles_of(self, layer: int, head: int) -> list[str]:
-        return self.roles.get(self.name(layer, head), [])
+        return self.roles.get(self.tag(layer, head), [])
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Heads with NaN or infinity."""
+        heads = ranking(self.values, "nonfinite_fraction")
+        return [name(layer, head) for layer, head, fraction in heads if fraction > 0]
 
     @property
     def remarkable(self) -> dict[str, Ranked | None]:
@@ -78,6 +94,11 @@ class Findings:
     def induction(self) -> list[Ranked]:
         """Heads by their induction score."""
         return [] if self.repeats is None else ranking(self.repeats, "induction")
+
+
+def name(layer: int, head: int) -> str:
+    """Of a head, for people: layers are numbered as ``--layer`` takes them."""
+    return f"L{layer}H{head}"
 
 
 def look(subject: Subject, text: str, target: str | None, statistics: Sequence[str]) -> Findings:
@@ -101,7 +122,11 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
         notes.append(f"There are no induction scores: {error}")
     if maps.tokens is not None and len(maps.tokens) < MIN_TOKENS:
         notes.append(f"The roles sink and positional take a text of {MIN_TOKENS} tokens or more.")
-    return Findings(subject, text, maps, values, repeats, notes)
+    found = Findings(subject, text, maps, values, repeats, notes)
+    if found.not_finite:
+        some = ", ".join(found.not_finite[:RANKED])
+        notes.append(f"There is NaN or infinity in the attention of {len(found.not_finite)} heads, such as {some}.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,13 +147,13 @@ class Comparison:
     def most_changed(self) -> list[Ranked]:
         return ranked(self.moved)
 
-    def role_changes(self) -> Iterator[tuple[str, list[str], list[str]]]:
-        """Heads with the roles that they have lost and those that they have taken on."""
-        for head in sorted(self.before.roles | self.after.roles):
-            had, has = self.before.roles.get(head, []), self.after.roles.get(head, [])
+    def role_changes(self) -> Iterator[tuple[int, int, list[str], list[str]]]:
+        """Layers and heads with the roles that these have lost and those that they have taken on."""
+        for layer, head, _ in sorted(self.most_changed):
+            had, has = (found.roles_of(layer, head) for found in (self.before, self.after))
             lost, taken = ([r for r in a if r not in b] for a, b in ((had, has), (has, had)))
             if lost or taken:
-                yield head, lost, taken
+                yield layer, head, lost, taken
 
 
 def compare(before: Findings, after: Findings) -> Comparison:
@@ -162,7 +187,8 @@ def as_json(found: Findings, selection: Selection, top_k: int, comparison: Compa
                 for one in comparison.most_changed
             ],
             "role_changes": [
-                {"head": head, "lost": lost, "taken": taken} for head, lost, taken in comparison.role_changes()
+                {"name": found.tag(layer, head), "layer": layer, "head": head, "lost": lost, "taken": taken}
+                for layer, head, lost, taken in comparison.role_changes()
             ],
         }
     return document
@@ -182,7 +208,7 @@ def _layer_as_json(found: Findings, layer: int, heads: Sequence[int], top_k: int
         repeats = {} if found.repeats is None else found.repeats.values[layer]
         return {
             "head": head,
-            "name": found.name(layer, head),
+            "name": found.tag(layer, head),
             "kinds": found.kinds[layer][head],
             "roles": found.roles_of(layer, head),
             "statistics": {name: _finite(values[head]) for name, values in found.values.values[layer].items()},
@@ -201,7 +227,7 @@ def _layer_as_json(found: Findings, layer: int, heads: Sequence[int], top_k: int
 
 def _ranked_as_json(found: Findings, one: Ranked) -> dict[str, Any]:
     layer, head, value = one
-    return {"layer": layer, "head": head, "name": found.name(layer, head), "value": value}
+    return {"layer": layer, "head": head, "name": found.tag(layer, head), "value": value}
 
 
 def _finite(value: Tensor) -> float | None:
@@ -226,24 +252,26 @@ def tell(console: Console, found: Findings, selection: Selection, top_k: int, of
     console.print(Text(f"{found.subject.name}: {len(maps)} layers of {heads}{n_tokens}"))
     for note in found.notes:
         console.print(Text(note, style="italic"))
-    console.print(_head_table(found, selection))
+    for stack in dict.fromkeys(maps.stacks if len(set(maps.stacks)) > 1 else ()):
+        layers = [layer for layer, of in enumerate(maps.stacks) if of == stack]
+        console.print(Text(f"L{layers[0]} to L{layers[-1]}: {stack}"))
+    console.print(_head_table(console, found, selection))
     for what, one in found.remarkable.items():
         if one is not None:
             unit = (
                 "tokens back or ahead on average" if what == "longest range" else "of the entropy of uniform attention"
             )
             value = f"{one[2]:.1f} {unit}" if what == "longest range" else f"{one[2]:.0%} {unit}"
-            console.print(Text(f"{what.capitalize()} head: {found.name(*one[:2])} ({value})"))
+            console.print(Text(f"{what.capitalize()} head: {name(*one[:2])} ({value})"))
     if found.induction:
-        best = ", ".join(f"{found.name(*one[:2])} {one[2]:.2f}" for one in found.induction[:RANKED])
+        best = ", ".join(f"{name(*one[:2])} {one[2]:.2f}" for one in found.induction[:RANKED])
         console.print(Text(f"Induction score on repeated random tokens, from the highest: {best}"))
     for layer, chosen in selection if of_heads else selection[-1:]:
         pattern = maps.pattern(layer)
-        label = maps.labels[layer]
         for title, weights in (
-            [(found.name(layer, head), pattern[head]) for head in chosen]
+            [(name(layer, head), pattern[head]) for head in chosen]
             if of_heads
-            else [(f"{label}, mean over its heads", pattern.mean(0))]
+            else [(f"L{layer}, mean over its heads", pattern.mean(0))]
         ):
             console.print(Text(f"Most attended by each token: {title}"))
             console.print(_attended_table(found, layer, weights, top_k))
@@ -258,17 +286,18 @@ def tell_comparison(console: Console, comparison: Comparison) -> None:
         table.add_column(column, justify="left" if column == "head" else "right")
     for one in comparison.most_changed[: 2 * RANKED]:
         entropies = [_number(_entropy(x, one)) for x in (before, after)]
-        table.add_row(before.name(*one[:2]), f"{one[2]:.2f}", *entropies)
+        table.add_row(name(*one[:2]), f"{one[2]:.2f}", *entropies)
     console.print(table)
     changes = list(comparison.role_changes())
-    for head, lost, taken in changes:
+    for layer, head, lost, taken in changes:
         words = [*(f"no longer {role}" for role in lost), *(f"now {role}" for role in taken)]
-        console.print(Text(f"{head}: {', '.join(words)}"))
+        console.print(Text(f"{name(layer, head)}: {', '.join(words)}"))
     if not changes:
         console.print("No head has taken on a role, or lost one.")
 
 
-def _head_table(found: Findings, selection: Selection) -> Table:
+def _head_table(console: Console, found: Findings, selection: Selection) -> Table:
+    """As many columns as there is room for."""
     heads = [(layer, head) for layer, chosen in selection for head in chosen]
     title = "Heads"
     if len(heads) > LISTED:
@@ -276,24 +305,24 @@ def _head_table(found: Findings, selection: Selection) -> Table:
         focused = [one[:2] for one in reversed(ranking(found.values, "normalized_entropy")) if one[:2] in wanted]
         title = f"The {LISTED} most focused of {len(heads)} heads (all: --json)"
         heads = sorted((focused or heads)[:LISTED])
-    table = Table(title=title, title_justify="left")
-    columns = {
-        "entropy": "entropy", "of at most": "max_entropy", "itself": "diagonal_mean", "previous": "previous_token",
-        "first": "first_token", "largest": "max_weight", "distance": "mean_distance",
-    }  # fmt: skip
-    for column in ("layer", "head", *columns, "induction", "looks", "roles"):
-        table.add_column(column, justify="left" if column in ("head", "looks", "roles") else "right")
-    for layer, head in heads:
-        values = found.values.values[layer]
-        induction = None if found.repeats is None else _finite(found.repeats.values[layer]["induction"][head])
-        table.add_row(
-            str(layer),
-            found.name(layer, head),
-            *(_number(_finite(values[name][head])) for name in columns.values()),
-            _number(induction),
-            ", ".join(found.kinds[layer][head]),
-            ", ".join(found.roles_of(layer, head)),
-        )
+    columns = dict(COLUMNS)
+    for least in ("distance", "first", "previous", "itself", "largest", ""):
+        table = Table(title=title, title_justify="left", padding=(0, 1))
+        for column in ("head", *columns):
+            table.add_column(column, justify="right" if column in columns else "left", no_wrap=True)
+        table.add_column("induction", justify="right", no_wrap=True)
+        table.add_column("looks", min_width=WORDS)
+        table.add_column("roles", min_width=WORDS)
+        for layer, head in heads:
+            values = found.values.values[layer]
+            induction = None if found.repeats is None else _finite(found.repeats.values[layer]["induction"][head])
+            numbers = [_number(_finite(values[statistic][head])) for statistic in columns.values()]
+            kinds, roles = ", ".join(found.kinds[layer][head]), ", ".join(found.roles_of(layer, head))
+            table.add_row(name(layer, head), *numbers, _number(induction), kinds, roles)
+        needed = len("L00H00") + len("induction") + sum(map(len, columns)) + 2 * WORDS
+        if needed + 3 * len(table.columns) + 1 <= console.width:
+            break
+        columns.pop(least, None)
     return table
 
 

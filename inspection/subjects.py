@@ -23,7 +23,7 @@ from attention_monitor.probes import EncodedProbe, token_ids, token_labels
 from gpt import InputError
 from gpt.checkpoint import load_checkpoint
 from gpt.model import GPT, GPTConfig
-from gpt.tokenizer import load_bytes, load_gpt2
+from gpt.tokenizer import load_bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Subject:
         tokenizer: its own.
         context: tokens that it can read; None: no limit is known.
         start: of an encoder-decoder, the token that its decoder begins with; None: it is none.
+        vocab_size: tokens that it knows; None: that is not known.
         step: of training, where known.
         is_trained: its weights are not random.
     """
@@ -45,6 +46,7 @@ class Subject:
     tokenizer: Any
     context: int | None
     start: int | None = None
+    vocab_size: int | None = None
     step: int | None = None
     is_trained: bool = True
 
@@ -62,11 +64,12 @@ class Subject:
         """
         if target is not None and self.start is None:
             raise InputError("A target is for an encoder-decoder, and this model is none; leave --target out.")
-        ids = self._ids(text, self.context, say)
+        ids = self._ids(text, "text", self.context, say)
         if self.start is None:
             return attention_maps(self.model, TextProbe(ids, self.tokenizer))
         room = None if self.context is None else self.context - 1
-        of_decoder = [self.start, *(self._ids(text if target is None else target, room, say))]
+        given = (text, "text as target") if target is None else (target, "target")
+        of_decoder = [self.start, *self._ids(*given, room, say)]
         maps = attention_maps(self.model, BatchProbe(_for_both(torch.tensor([ids]), torch.tensor([of_decoder]))))
         labels = [token_labels(self.tokenizer, tokens) for tokens in (ids, of_decoder)]
         return replace(maps, tokens=labels[0], target_tokens=labels[1])
@@ -79,17 +82,23 @@ class Subject:
         probe = RepeatedTokensProbe(n_tokens=n_tokens)
         return run_probe(self.model, probe if self.start is None else _ReadByBoth(probe), self.tokenizer)
 
-    def _ids(self, text: str, room: int | None, say: Callable[[str], None]) -> list[int]:
+    def _ids(self, text: str, what: str, room: int | None, say: Callable[[str], None]) -> list[int]:
         if not text:
-            raise InputError("The text is empty; give one to read.")
+            raise InputError(f"The {what} is empty; give one to read.")
         ids = token_ids(self.tokenizer, text)
-        if room is None or len(ids) <= room:
-            return ids
-        say(f"The text has {len(ids)} tokens and the model can read {room}: what follows is about the last {room}.")
-        if not hasattr(self.tokenizer, "truncation_side"):
-            return ids[-room:]
-        self.tokenizer.truncation_side = "left"
-        return list(self.tokenizer.encode(text, truncation=True, max_length=room))  # with its special tokens
+        if room is not None and len(ids) > room:
+            say(f"The {what} has {len(ids)} tokens, and there is room for {room}: the last {room} are looked at.")
+            if hasattr(self.tokenizer, "truncation_side"):
+                self.tokenizer.truncation_side = "left"
+                ids = list(self.tokenizer.encode(text, truncation=True, max_length=room))  # with its special tokens
+            else:
+                ids = ids[-room:]
+        if self.vocab_size is not None and max(ids) >= self.vocab_size:
+            raise InputError(
+                f"The tokenizer makes token {max(ids)} of the {what}, and the model knows {self.vocab_size} tokens: it "
+                "is not the tokenizer of this model."
+            )
+        return ids
 
 
 @dataclass(frozen=True)
@@ -141,9 +150,7 @@ def untrained_subject(config: str | Path | None, device: str = "cpu", **shape: i
     found = {} if config is None else _read_config(Path(config))
     names = {field.name for field in fields(GPTConfig)}
     options = {k: v for k, v in (found.get("model") or {}).items() if k in names}
-    # a BPE is trained on a text, which there is not
-    of_gpt2 = (found.get("data") or {}).get("tokenizer") == "gpt2"
-    tokenizer = load_gpt2() if of_gpt2 else load_bytes()
+    tokenizer = load_bytes()  # a BPE is trained on a text, which there is not
     options |= {"vocab_size": tokenizer.n_vocab} | {k: v for k, v in shape.items() if v is not None}
     torch.manual_seed(0)
     try:
@@ -162,9 +169,9 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     """
     found = sorted(Path(folder).glob("*.ckpt"))
     if len(found) < 2:
-        what = f"has {len(found)}" if Path(folder).is_dir() else "is no folder"
+        what = f"has {len(found)} .ckpt files" if Path(folder).is_dir() else "is no folder"
         raise InputError(
-            f"{folder} {what}; an animation takes a folder with two or more .ckpt files, such as checkpoints/ of a run."
+            f"{folder} {what}; an animation takes a folder with two or more, such as checkpoints/ of a run."
         )
     return found
 
@@ -190,9 +197,21 @@ def _load_folder(folder: Path) -> Subject:
     transformers.logging.disable_progress_bar()
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model = transformers.AutoModel.from_pretrained(folder, **local).eval()
+        model, found = transformers.AutoModel.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **local
+        )
     except Exception as error:  # whatever a folder may bring about
         raise InputError(f"The model in {folder} could not be loaded: {_first_line(error)}") from error
+    # what is not there would be made up; a pooler stands behind the last layer, and many models are saved without one
+    absent = sorted({str(name) for name in found["missing_keys"]} | {str(key[0]) for key in found["mismatched_keys"]})
+    absent = [name for name in absent if "pooler" not in name]
+    if absent:
+        raise InputError(
+            f"The weights in {folder} are not those of its config.json: {len(absent)} are missing or of another shape, "
+            f"such as {absent[0]}."
+        )
+    if model.main_input_name != "input_ids":
+        raise InputError(f"The model in {folder} reads {model.main_input_name}, not text ({type(model).__name__}).")
     tokenizer, reason = None, "it has no such files"  # of which transformers would make up an empty one
     if any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")):
         try:
@@ -215,7 +234,9 @@ def _load_folder(folder: Path) -> Subject:
         places = (config, getattr(model, "generation_config", None))
         found = [getattr(place, "decoder_start_token_id", None) for place in places]
         start = next((token for token in found if token is not None), getattr(config, "pad_token_id", None) or 0)
-    return Subject(f"{folder} ({type(model).__name__})", model, tokenizer, min(known, default=None), start)
+    vocab_size = getattr(config, "vocab_size", None)
+    name = f"{folder} ({type(model).__name__})"
+    return Subject(name, model.eval(), tokenizer, min(known, default=None), start, vocab_size)
 
 
 def _on(device: str, subject: Subject) -> Subject:
@@ -229,7 +250,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"The config {path} cannot be read: {_first_line(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) else _first_line(error)
+        raise InputError(f"The config {path} cannot be read: {reason}.") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a config of train.py; see configs/.")
     return found

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import analyze
@@ -166,7 +167,7 @@ def test_the_terminal_shows_the_same_numbers(checkpoint, capsys, tmp_path):
     found = as_json(capsys, *common)
     printed = run(capsys, *common, "--output-dir", tmp_path).out
     [head] = found["layers"][0]["heads"]
-    assert "L01H02" in printed
+    assert "L1H2" in printed
     assert f"{head['statistics']['entropy']:.2f}" in printed
     assert f"{head['repeated_tokens']['induction']:.2f}" in printed
     last = head["attended"][-1][0]
@@ -189,14 +190,18 @@ def test_heads_that_are_drawn_are_bounded_but_told(checkpoint, tmp_path, capsys)
     )
     assert "2 heads of a layer are drawn; --max-heads 3 draws all" in printed.err
     assert not (tmp_path / "out" / "layer_0_head_2.png").exists()
-    assert "L00H02" in printed.out
+    assert "L0H2" in printed.out
 
 
 def test_a_model_of_many_heads_lists_the_most_focused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "LISTED", 4)
     path = write_checkpoint(tmp_path / "many.ckpt")
     found = as_json(capsys, "--checkpoint", path, "--text", TEXT)
-    entropy = {h["name"]: h["statistics"]["normalized_entropy"] for layer in found["layers"] for h in layer["heads"]}
+    entropy = {
+        f"L{layer['layer']}H{head['head']}": head["statistics"]["normalized_entropy"]
+        for layer in found["layers"]
+        for head in layer["heads"]
+    }
     printed = run(capsys, "--checkpoint", path, "--text", TEXT, "--output-dir", tmp_path / "out").out
     table = printed.split("Most focused head")[0]
     assert "The 4 most focused of 6 heads" in table
@@ -272,7 +277,7 @@ def test_two_models_are_compared(tmp_path, capsys):
     assert values == sorted(values, reverse=True)
     printed = run(capsys, *common, "--output-dir", tmp_path / "out").out
     first = found["comparison"]["heads"][0]
-    assert first["name"] in printed.split("Heads that changed most")[1]
+    assert f"L{first['layer']}H{first['head']}" in printed.split("Heads that changed most")[1]
     assert f"{first['value']:.2f}" in printed
     assert {"layer_0_difference.png", "layer_1_difference.png", "changes.png"} <= set(os.listdir(tmp_path / "out"))
 
@@ -288,10 +293,12 @@ def test_roles_that_were_lost_and_taken_on_are_told(tmp_path, capsys, monkeypatc
     roles = [{"L00H01": ["sink"], "L01H00": ["induction"]}, {"L00H01": ["positional"], "L01H00": ["induction"]}]
     monkeypatch.setattr(report.Findings, "roles", property(lambda found: roles[found.subject.step - 1]))
     printed = run(capsys, "--checkpoint", before, "--compare", after, "--text", TEXT, "--output-dir", tmp_path / "out")
-    assert "L00H01: no longer sink, now positional" in printed.out
-    assert "L01H00:" not in printed.out
+    assert "L0H1: no longer sink, now positional" in printed.out
+    assert "L1H0:" not in printed.out
     found = as_json(capsys, "--checkpoint", before, "--compare", after, "--text", TEXT)
-    assert found["comparison"]["role_changes"] == [{"head": "L00H01", "lost": ["sink"], "taken": ["positional"]}]
+    assert found["comparison"]["role_changes"] == [
+        {"name": "L00H01", "layer": 0, "head": 1, "lost": ["sink"], "taken": ["positional"]}
+    ]
 
 
 @pytest.mark.parametrize("chosen", [[], ["--layer", 0, "--head", 1], ["--layer", 1]])
@@ -317,11 +324,35 @@ def test_the_checkpoints_of_a_run_become_an_animation(tmp_path, capsys, chosen):
     assert gif.name == f"layer_{layer}_head_{head}.gif"
 
 
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"n_head": 2}, "sizes of maps"),
+        ({"n_layer": 1}, "layers are"),
+        ({"block_size": 8}, "tokens are"),  # it reads less
+    ],
+)
+def test_a_checkpoint_of_another_run_among_those_of_an_animation_is_named(tmp_path, capsys, odd, message):
+    for step in (1, 3):
+        write_checkpoint(tmp_path / f"{step}.ckpt", step=step)
+    write_checkpoint(tmp_path / "2.ckpt", step=2, **odd)
+    with pytest.raises(InputError, match=rf"2.ckpt is not of the same run as those before it.*{message}"):
+        run(capsys, "--animate", tmp_path, "--text", TEXT, "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_animation_takes_two_steps(tmp_path, capsys):
+    for name in ("a", "last"):
+        write_checkpoint(tmp_path / f"{name}.ckpt", step=5)
+    with pytest.raises(InputError, match="are of step 5; an animation takes two steps"):
+        run(capsys, "--animate", tmp_path, "--text", TEXT)
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_an_animation_takes_two_checkpoints(tmp_path, capsys, n):
     for i in range(n):
         write_checkpoint(tmp_path / f"{i}.ckpt")
-    with pytest.raises(InputError, match=f"has {n}; an animation takes a folder with two or more"):
+    with pytest.raises(InputError, match=f"has {n} .ckpt files; an animation takes a folder with two or more"):
         run(capsys, "--animate", tmp_path, "--text", TEXT)
 
 
@@ -329,7 +360,7 @@ def test_of_a_text_that_is_too_long_the_last_part_is_read(checkpoint, tmp_path, 
     text = "".join(chr(ord("a") + i % 26) for i in range(100))
     found = as_json(capsys, "--checkpoint", checkpoint, "--text", text)
     assert found["tokens"] == list(text[-64:])
-    assert "The text has 100 tokens and the model can read 64" in found["notes"][0]
+    assert "The text has 100 tokens, and there is room for 64: the last 64 are looked at" in found["notes"][0]
     folder = write_folder(tmp_path / "model", bert().eval(), special=True)
     found = as_json(capsys, "--checkpoint", folder, "--text", text)
     assert found["tokens"] == ["<s>", *text[-30:], "</s>"]
@@ -361,6 +392,11 @@ def test_a_text_comes_from_a_file_or_standard_input(checkpoint, tmp_path, capsys
     assert as_json(capsys, "--checkpoint", checkpoint, "--file", file)["text"] == "ß 🙂"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("née".encode())))
     assert as_json(capsys, "--checkpoint", checkpoint, "--file", "-")["text"] == "née"
+    windows = b"\xef\xbb\xbfone\r\ntwo"
+    file.write_bytes(windows)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(windows)))
+    texts = [as_json(capsys, "--checkpoint", checkpoint, "--file", path)["text"] for path in (file, "-")]
+    assert texts == ["one\ntwo"] * 2
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="is not UTF-8"):
         run(capsys, "--checkpoint", checkpoint, "--file", file)
@@ -391,6 +427,9 @@ def test_what_does_not_exist_is_named_with_what_does(checkpoint, capsys, options
         (["--text", "a", "--file", "b"], "not allowed with argument"),
         (["--text", "a", "--checkpoint", "x", "--n-layer", "3"], "--n-layer is for an untrained model"),
         (["--text", "a", "--compare", "x"], "--compare needs a --checkpoint"),
+        (["--text", "a", "--animate", "x", "--json"], "--animate makes a GIF and nothing else; leave --json out"),
+        (["--text", "a", "--animate", "x", "--checkpoint", "y"], "leave --checkpoint out"),
+        (["--text", "a", "--animate", "x", "--n-head", "2"], "--n-head is for an untrained model"),
         (["--text", "a", "--max-heads", "0"], "--max-heads must be 1 or more, got 0"),
         (["--text", "a", "--top-k", "-1"], "--top-k must be 1 or more, got -1"),
         (["--text", "a", "--layer", "x"], "invalid int value: 'x'"),
@@ -450,6 +489,82 @@ def test_folders_that_are_no_models_are_refused(tmp_path, capsys):
         run(capsys, "--checkpoint", tmp_path / "no_tokenizer", "--text", "a")
     with pytest.raises(InputError, match="does not exist"):
         run(capsys, "--checkpoint", tmp_path / "nothing", "--text", "a")
+
+
+def test_weights_that_a_folder_does_not_have_are_not_made_up(tmp_path, capsys):
+    folder = write_folder(tmp_path / "model", gpt2())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    with pytest.raises(
+        InputError, match=r"are not those of its config.json: 12 are missing or of another shape, such as"
+    ):
+        run(capsys, "--checkpoint", folder, "--text", "a")
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 8}))
+    with pytest.raises(InputError, match=r"are not those of its config.json"):
+        run(capsys, "--checkpoint", folder, "--text", "a")
+    without_pooler = transformers.BertModel(bert().config, add_pooling_layer=False)
+    folder = write_folder(tmp_path / "bert", without_pooler, special=True)
+    assert as_json(capsys, "--checkpoint", folder, "--text", "a")["tokens"] == ["<s>", "a", "</s>"]
+
+
+def test_a_tokenizer_of_another_model_is_told(tmp_path, capsys):
+    config = transformers.GPT2Config(vocab_size=90, n_embd=16, n_layer=1, n_head=4, n_positions=32)
+    folder = write_folder(tmp_path / "model", transformers.GPT2LMHeadModel(config))
+    with pytest.raises(InputError, match=r"makes token \d+ of the text, and the model knows 90 tokens"):
+        run(capsys, "--checkpoint", folder, "--text", "zz")
+
+
+def test_a_model_that_reads_no_text_is_told(tmp_path, capsys):
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    folder = write_folder(tmp_path / "model", transformers.ViTModel(config))
+    with pytest.raises(InputError, match=r"reads pixel_values, not text \(ViTModel\)"):
+        run(capsys, "--checkpoint", folder, "--text", "a")
+
+
+def test_an_empty_target_is_called_one(tmp_path, capsys):
+    folder = write_folder(tmp_path / "model", t5())
+    with pytest.raises(InputError, match="The target is empty"):
+        run(capsys, "--checkpoint", folder, "--text", "a", "--target", "")
+
+
+def test_attention_that_is_not_finite_is_told(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "broken.ckpt")
+    state = torch.load(path, weights_only=True)
+    state["state_dict"]["gpt.transformer.h.1.attn.c_attn.weight"][0, 0] = torch.nan
+    torch.save(state, path)
+    notes = as_json(capsys, "--checkpoint", path, "--text", TEXT)["notes"]
+    assert "There is NaN or infinity in the attention of 1 heads, such as L1H0." in notes
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_names_and_numbers_are_never_cut(checkpoint, width):
+    console = Console(width=width, file=io.StringIO())
+    found = report.look(load_subject(checkpoint), TEXT, None, ["entropy"])
+    report.tell(console, found, [(0, range(3)), (1, range(3))], 5, of_heads=False)
+    printed = console.file.getvalue()
+    table = printed[: printed.index("Most focused head")]
+    assert "…" not in table
+    for layer in range(2):
+        for head in range(3):
+            assert f"L{layer}H{head}" in table
+            assert f"{found.values.values[layer]['entropy'][head]:.2f}" in table
+    assert ("distance" in table) == (width == 160)
+    assert max(map(len, table.splitlines()[1:])) <= width
+
+
+def test_the_folder_is_made_before_anything_is_told(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"The output folder .*file/sub cannot be made: Not a directory"):
+        run(capsys, "--checkpoint", checkpoint, "--text", TEXT, "--output-dir", tmp_path / "file" / "sub")
+    assert capsys.readouterr().out == ""
+
+
+def test_standard_input_that_is_closed_is_told(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="Standard input is closed"):
+        run(capsys, "--checkpoint", checkpoint, "--file", "-")
 
 
 def test_windows_are_opened_only_where_there_is_a_screen(checkpoint, tmp_path, capsys, monkeypatch):

@@ -188,6 +188,7 @@ HEAD_STATISTICS = (
     "effective_keys",
     "sparsity",
     "weight_std",
+    "nonfinite_fraction",
 )
 
 

@@ -57,7 +57,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path, protoc
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": Evil()}, path, _use_new_zipfile_serialization=protocol == "zip")
     with pytest.raises(
-        InputError, match=r"was not loaded: it holds more than|is not a checkpoint: it is not in the zip"
+        InputError, match=r"was not loaded: it is damaged, or holds more than|is not a checkpoint: it is not in the zip"
     ):
         load_checkpoint(path)
     assert not ran
@@ -100,6 +100,24 @@ def test_weights_of_another_shape_are_refused(trained):
     torch.save(state, folder / "other.ckpt")
     with pytest.raises(InputError, match=r"is not a checkpoint that train.py wrote.*RuntimeError"):
         load_checkpoint(folder / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"global_step": "abc"},
+        {"TextDataModule": {"tokenizer": {"name": "bpe", "ranks": "not a file of ranks"}}},
+        {"TextDataModule": {"tokenizer": {"name": "bpe", "ranks": "YQ== 0\n"}}},
+        {"TextDataModule": None},
+    ],
+)
+def test_damage_is_one_sentence(trained, damage):
+    *_, folder = trained
+    state = torch.load(folder / "weights.ckpt", weights_only=True)
+    torch.save(state | damage, folder / "damaged.ckpt")
+    with pytest.raises(InputError) as told:
+        load_checkpoint(folder / "damaged.ckpt")
+    assert "\n" not in str(told.value)
 
 
 def test_what_is_not_there_is_named(tmp_path):
