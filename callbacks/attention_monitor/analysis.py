@@ -24,6 +24,25 @@ from .statistics import summarize
 Ranked = tuple[int, int, float]
 
 
+# What the kinds are decided by, and what else is worth knowing of a head on a text.
+HEAD_STATISTICS = (
+    "entropy",
+    "max_entropy",
+    "normalized_entropy",
+    "diagonal_mean",
+    "previous_token",
+    "first_token",
+    "past_mass",
+    "future_mass",
+    "max_weight",
+    "mean_distance",
+    "effective_keys",
+    "sparsity",
+    "weight_std",
+    "nonfinite_fraction",
+)
+
+
 @dataclass(frozen=True)
 class AttentionMaps:
     """What every head of a model attended to on one sequence. Maps are computed when they are asked for.
@@ -77,8 +96,8 @@ class AttentionMaps:
             keys if keys is not None and len(keys) == K else None,
         )
 
-    def snapshot(self, statistics: Sequence[str], step: int = 0) -> Snapshot:
-        """Statistics of every head, and the scores that roles follow from: ``sink``, ``positional``."""
+    def snapshot(self, statistics: Sequence[str] = HEAD_STATISTICS, step: int = 0) -> Snapshot:
+        """Statistics of every head, by default those that kinds and flow follow from, and the scores that roles follow from: ``sink``, ``positional``."""
         values = []
         for call in self.calls:
             found = position_scores(call) if call.has_positions else {}
@@ -173,31 +192,20 @@ KINDS = (
     Kind("sparse", "max_weight > 0.5 and sparsity > 0.5", lambda v: (v["max_weight"] > 0.5) & (v["sparsity"] > 0.5)),
 )
 
-# What the kinds are decided by, and what else is worth knowing of a head on a text.
-HEAD_STATISTICS = (
-    "entropy",
-    "max_entropy",
-    "normalized_entropy",
-    "diagonal_mean",
-    "previous_token",
-    "first_token",
-    "past_mass",
-    "future_mass",
-    "max_weight",
-    "mean_distance",
-    "effective_keys",
-    "sparsity",
-    "weight_std",
-    "nonfinite_fraction",
-)
-
 
 def head_kinds(values: dict[str, Tensor]) -> list[list[str]]:
     """For each head of a layer the names of the ``KINDS`` that it is of, none or several.
 
     Args:
-        values: statistic -> (H,), of ``HEAD_STATISTICS``.
+        values: statistic -> (H,), of ``HEAD_STATISTICS``, as ``maps.snapshot().values`` has them.
+
+    Raises:
+        AttentionMonitorError: when one is missing.
     """
+    if absent := [name for name in HEAD_STATISTICS if name not in values]:
+        raise AttentionMonitorError(
+            f"head_kinds needs {', '.join(absent)} too; maps.snapshot() takes all that it needs."
+        )
     found = [(kind.name, kind.holds(values).tolist()) for kind in KINDS]
     return [[name for name, holds in found if holds[head]] for head in range(len(values["entropy"]))]
 

@@ -159,9 +159,11 @@ class TextProbe(Probe):
     every: int = 1
 
     def encode(self, tokenizer: Any = None) -> EncodedProbe:
-        tokenizer = _checked(self.tokenizer or tokenizer, f"{self.text!r} is a text", "TextProbe(text, tokenizer)")
+        tokenizer = self.tokenizer or tokenizer
+        if isinstance(self.text, str):
+            tokenizer = _checked(tokenizer, f"{self.text!r} is a text", "TextProbe(text, tokenizer)")
         ids = token_ids(tokenizer, self.text)
-        labels = token_labels(tokenizer, ids)
+        labels = [str(i) for i in ids] if tokenizer is None else token_labels(tokenizer, ids)
         batch = ProbeBatch(torch.tensor([ids]), position_scores)
         return EncodedProbe(self.name, [batch], POSITION_SCORES, labels, is_drawn=True, every=self.every)
 

@@ -153,6 +153,8 @@ def test_kinds_of_heads_that_were_made_to_be_of_them():
         ["diagonal", "sparse"], ["previous token", "sparse"], ["first token", "sparse"], ["uniform"], ["sparse"], [],
     ]  # fmt: skip
     assert all(kind.rule for kind in KINDS)
+    with pytest.raises(AttentionMonitorError, match=r"head_kinds needs max_entropy, normalized_entropy.* too"):
+        head_kinds({"entropy": values["entropy"]})
 
 
 def test_ranking_goes_down_and_leaves_nan_out():

@@ -108,6 +108,8 @@ def test_a_text_is_encoded_by_the_tokenizer_given_and_labelled_by_token():
 
 def test_a_text_may_be_given_as_token_ids():
     assert TextProbe([72, 105], BYTES).encode().batches[0].inputs.tolist() == [[72, 105]]
+    assert TextProbe([72, 105], BYTES).encode().labels == ["H", "i"]
+    assert TextProbe([72, 105]).encode().labels == ["72", "105"]
 
 
 @pytest.mark.parametrize(
