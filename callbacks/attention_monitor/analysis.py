@@ -97,7 +97,12 @@ class AttentionMaps:
         )
 
     def snapshot(self, statistics: Sequence[str] = HEAD_STATISTICS, step: int = 0) -> Snapshot:
-        """Statistics of every head, by default those that kinds and flow follow from, and the scores that roles follow from: ``sink``, ``positional``."""
+        """Statistics of every head, and the scores that roles follow from: ``sink``, ``positional``.
+
+        Args:
+            statistics: names; by default those that kinds and flow follow from.
+            step: of training.
+        """
         values = []
         for call in self.calls:
             found = position_scores(call) if call.has_positions else {}
