@@ -96,19 +96,23 @@ class AttentionCall:
 
     def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
         """1 where q, k or v has NaN or infinity, else 0: (B, H, Q or K); NaN: it is not known."""
+        if which not in self._nonfinite:
+            self._nonfinite[which] = self._count_nonfinite(which)
         return self._nonfinite[which]
 
     @cached_property
     def _nonfinite(self) -> dict[str, Tensor]:
+        return {}
+
+    def _count_nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
         B, H, Q, K = self.shape
-        found = {}
-        for which, vectors, n in (("query", self.query, Q), ("key", self.key, K), ("value", self.value, K)):
-            if vectors is None:
-                found[which] = torch.full((B, H, n), torch.nan, dtype=self.compute_dtype, device=self.device)
-            else:
-                bad = ~vectors.isfinite().all(-1)
-                found[which] = bad.repeat_interleave(H // bad.shape[1], 1).to(self.compute_dtype)
-        return found
+        vectors = {"query": self.query, "key": self.key, "value": self.value}[which]
+        if vectors is None:
+            n = Q if which == "query" else K
+            return torch.full((B, H, n), torch.nan, dtype=self.compute_dtype, device=self.device)
+        low, high = vectors.aminmax(dim=-1)  # NaN is handed on; isfinite() would take as much memory as the vectors
+        bad = ~(low.isfinite() & high.isfinite())
+        return bad.repeat_interleave(H // bad.shape[1], 1).to(self.compute_dtype)
 
     @cached_property
     def query_offset(self) -> int:
