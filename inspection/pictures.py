@@ -57,7 +57,8 @@ def pictures(found: Findings, selection: Selection, statistics: Sequence[str], v
 def difference_pictures(comparison: Comparison, selection: Selection) -> list[Picture]:
     """How the maps of each layer have changed, on one scale, and how much each head has."""
     before, after = comparison.before.maps, comparison.after.maps
-    largest = max(float((after.pattern(layer) - before.pattern(layer)).abs().max()) for layer, _ in selection)
+    differences = (after.pattern(layer) - before.pattern(layer) for layer, _ in selection)
+    largest = max(float(difference.nan_to_num().abs().max()) for difference in differences)
     drawn: list[Picture] = []
     for layer, heads in selection:
 
@@ -87,19 +88,19 @@ def _title(maps: AttentionMaps, layer: int) -> str:
 
 
 class HeadPainter:
-    """Maps of single heads. Those with the same labels have all but map and title drawn once: that takes most time."""
+    """Maps of single heads. Those of a layer have all but map and title drawn once: that takes most time."""
 
     def __init__(self, maps: AttentionMaps, pattern: Callable[[int], Tensor], vmax: float | None) -> None:
         self._maps, self._pattern, self._vmax = maps, pattern, vmax
-        self._layout: Any = None
+        self._layer: int | None = None
 
     def __call__(self, layer: int, head: int) -> Figure | Image.Image:
         weights, labels = self._pattern(layer)[head], self._maps.tokens_of(layer)
         title = f"{_title(self._maps, layer)}H{head}"
         if max(weights.shape) <= MAX_WRITTEN or self._vmax is None:  # numbers or colour bar are another in each
             return _figure(plot_head(weights, *labels, title=title, vmax=self._vmax))
-        if self._layout != (weights.shape, labels):
-            self._layout = weights.shape, labels
+        if self._layer != layer:
+            self._layer = layer
             self._axes = plot_head(weights, *labels, title=title, vmax=self._vmax)
             self._changing = [self._axes.images[0], self._axes.title, *self._axes.spines.values()]
             for artist in self._changing:

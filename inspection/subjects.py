@@ -106,19 +106,13 @@ class _ReadByBoth(Probe):
     """A probe of token ids that encoder and decoder read."""
 
     probe: Probe
+    name: str = "repeated"
+    every: int = 1
 
     def encode(self, tokenizer: Any = None) -> EncodedProbe:
         encoded = self.probe.encode(tokenizer)
         batches = [replace(batch, inputs=_for_both(batch.inputs, batch.inputs)) for batch in encoded.batches]
         return replace(encoded, batches=batches)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.probe.name
-
-    @property
-    def every(self) -> int:  # type: ignore[override]
-        return self.probe.every
 
 
 def _for_both(ids: torch.Tensor, of_decoder: torch.Tensor) -> dict[str, torch.Tensor]:

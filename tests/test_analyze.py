@@ -536,6 +536,9 @@ def test_attention_that_is_not_finite_is_told(tmp_path, capsys):
     torch.save(state, path)
     notes = as_json(capsys, "--checkpoint", path, "--text", TEXT)["notes"]
     assert "There is NaN or infinity in the attention of 1 heads, such as L1H0." in notes
+    healthy = write_checkpoint(tmp_path / "healthy.ckpt")
+    run(capsys, "--checkpoint", healthy, "--compare", path, "--text", TEXT, "--output-dir", tmp_path / "out")
+    assert (tmp_path / "out" / "layer_1_difference.png").exists()
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
