@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from attention_monitor import AttentionMaps, AttentionMonitorError
+from attention_monitor import AttentionMaps
 from attention_monitor.analysis import flow
 from attention_monitor.layers import rollout
 from attention_monitor.plots import (
@@ -165,6 +165,5 @@ def _matrix(maps: AttentionMaps, rows: Sequence[Tensor], title: str, value_range
 
 
 def _figure(ax: Any) -> Figure:
-    if not isinstance(ax.figure, Figure):
-        raise AttentionMonitorError("A picture of its own was expected.")
+    assert isinstance(ax.figure, Figure)  # the toolkit made it, and not a part of one
     return ax.figure

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import analyze
 from attention_monitor import AttentionMonitorError, capture
+from attention_monitor.labels import undrawable
 from gpt import InputError
 from gpt.checkpoint import load_checkpoint
 from gpt.model import GPT, GPTConfig
@@ -382,7 +383,7 @@ def test_strange_texts_are_shown_as_they_are_and_nothing_is_interpreted(checkpoi
     assert "\x1b" not in printed.out + printed.err
     assert "\u202e" not in printed.out + printed.err
     assert "🙂" in printed.out
-    assert "No installed font has '🙂'" in printed.err or "No installed" not in printed.err
+    assert ("No installed font has" in printed.err) == bool(undrawable(text))  # with or without a font of emoji
     assert as_json(capsys, "--checkpoint", checkpoint, "--text", text)["text"] == text
 
 

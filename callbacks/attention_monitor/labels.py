@@ -3,8 +3,8 @@
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
+from itertools import accumulate
 
-import numpy as np
 from matplotlib.font_manager import findfont, fontManager, get_font
 
 MAX_LABEL_WIDTH = 12  # characters of a token; those of wide scripts count twice
@@ -24,10 +24,10 @@ def visible(token: str) -> str:
     """A token in at most 12 columns: white space and control characters made visible, nothing interpreted."""
     text = token.replace(" ", "·").replace("\n", "↵").replace("\r", "↵").replace("\t", "→")
     text = "".join(c if _is_visible(c) else "�" for c in text)
-    widths = np.cumsum([2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text])
-    return (
-        text if not len(text) or widths[-1] <= MAX_LABEL_WIDTH else text[: int((widths < MAX_LABEL_WIDTH).sum())] + "…"
-    )
+    ends = list(accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
+    if not text or ends[-1] <= MAX_LABEL_WIDTH:
+        return text
+    return text[: sum(end < MAX_LABEL_WIDTH for end in ends)] + "…"
 
 
 def undrawable(tokens: Iterable[str]) -> str:
