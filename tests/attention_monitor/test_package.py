@@ -25,6 +25,26 @@ def imported(path):
     return names
 
 
+def modules_imported(module):
+    """Modules of the package that one of them imports, also inside functions."""
+    path = PACKAGE / module
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            named = [folder / alias.name for alias in node.names] if folder.is_dir() else [folder]
+            found |= {f"{at.relative_to(PACKAGE).as_posix()}.py" for at in named}
+    return found
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    arrows = {module: modules_imported(module) - {"__init__.py"} for module in MODULES if module != "__init__.py"}
+    while free := [module for module, targets in arrows.items() if not targets & set(arrows)]:
+        for module in free:
+            del arrows[module]
+    assert not arrows
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
@@ -49,7 +69,8 @@ def test_every_public_name_can_be_imported_and_says_what_it_is(name):
     assert getattr(attention_monitor, name) is getattr(attention_monitor, name)
     assert name in dir(attention_monitor)
     assert name == "STATISTICS" or getattr(attention_monitor, name).__doc__
-    assert not (PACKAGE / f"{name}.py").exists(), "a module of that name would take the name's place"
+    for path in (PACKAGE / f"{name}.py", PACKAGE / name):
+        assert not path.exists(), "once imported, a module or folder of that name would take the name's place"
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
