@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
 from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
-from attention_monitor.diagnosis import HeadRoles, head_name
-from attention_monitor.labels import visible
+from attention_monitor.diagnosis import HeadRoles
+from attention_monitor.naming import head_name, visible
 from attention_monitor.probes import MIN_TOKENS
 
 from .subjects import Subject

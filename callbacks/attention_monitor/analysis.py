@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .calls import AttentionCall
-from .capturing import capture, captures_paused, in_order
+from .capturing import capture, captures_paused
 from .errors import AttentionMonitorError
+from .naming import in_order
 from .probes import POSITION_SCORES, Probe, TextProbe, position_scores
 from .rows import RowBlock
 from .snapshots import Snapshot

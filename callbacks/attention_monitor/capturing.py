@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from .calls import AttentionCall
 from .errors import AttentionMonitorError
+from .naming import final_site
 from .origins import Frame, Origins
 from .recognisers import (
     ATTENTION_NAME,
@@ -38,9 +39,8 @@ from .recognisers import (
     run_flex_attention,
 )
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module path
-
 _OUTSIDE = ""  # calls of the model outside of any forward are counted on their own
+
 
 # These have a fast path for inference that cannot be seen, and that they leave while a function mode is on.
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -299,6 +299,8 @@ def _is_wrapped(parent: nn.Module, path_of_parent: str, child: str, module: nn.M
 
 
 _captures: list[Capture] = []  # that are running
+
+
 _stance = ExitStack()
 
 
@@ -354,55 +356,3 @@ def capture(model: nn.Module, sites: str | Sequence[str] | None = None) -> Itera
     calls[:] = [replace(call, site=final_site(call.site, running.sites)) for call in calls]
     if not calls:
         raise NoAttentionError(running.explain_nothing())
-
-
-def final_site(site: str, n_calls: Mapping[str, int]) -> str:
-    """The name of a site once all calls are known, for each path how many: a module's only call carries no index."""
-    path = site[: site.rindex("[")]
-    return path if n_calls[path] == 1 else site
-
-
-def stacks(sites: Sequence[str], cross: Sequence[bool]) -> list[str]:
-    """Which stack of layers each site belongs to, such as ``encoder.block.*.attn``.
-
-    Sites of a stack have paths that differ in numbers only, and are all self-attention or all cross-attention.
-    """
-    keys = [(_NUMBER.sub("*", site), is_cross) for site, is_cross in zip(sites, cross, strict=True)]
-    names = {}
-    for key in keys:
-        numbers = [_NUMBER.findall(site) for site, other in zip(sites, keys, strict=True) if other == key]
-        columns = [set(column) for column in zip(*numbers, strict=True)]
-        restored = [column.pop() if len(column) == 1 < len(numbers) else "*" for column in columns]
-        first, *rest = key[0].split("*")
-        names[key] = first + "".join(number + piece for number, piece in zip(restored, rest, strict=True))
-    used = Counter(names.values())
-    return [names[key] if used[names[key]] == 1 else f"{names[key]} ({'cross' if key[1] else 'self'})" for key in keys]
-
-
-def in_order(sites: Sequence[str], cross: Sequence[bool]) -> tuple[list[int], list[str], list[str]]:
-    """Sites as they are shown: those of a stack together, otherwise in order of execution.
-
-    Returns:
-        order: indices into ``sites``.
-        stacks: of each, in that order.
-        labels: likewise.
-    """
-    found = stacks(sites, cross)
-    order = sorted(range(len(sites)), key=lambda i: found.index(found[i]))
-    return order, [found[i] for i in order], layer_labels([sites[i] for i in order])
-
-
-def layer_labels(sites: list[str]) -> list[str]:
-    """Short labels for sites: ``L00``, ``L01`` ... for a plain stack of layers, the module path otherwise.
-
-    A plain stack is sites whose paths differ in one number only.
-    """
-    templates = {_NUMBER.sub("*", site) for site in sites}
-    numbers = [_NUMBER.findall(site) for site in sites]
-    if len(templates) == 1:
-        varying = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
-        if len(varying) == 1:
-            return [f"L{int(number):02d}" for number in varying[0]]
-        if len(sites) == 1:
-            return [f"L{int(numbers[0][0]):02d}" if len(numbers[0]) == 1 else "L00"]
-    return list(sites)

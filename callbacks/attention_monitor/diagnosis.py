@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .naming import head_name
 from .snapshots import Snapshot
 
 MAX_NAMED = 8  # heads in one message
@@ -84,12 +85,6 @@ class Collapsed(Detector):
 
     def describe(self, values: dict[str, float]) -> str:
         return f"{values['collapse_fraction']:.0%} of rows, max score {values['max_score']:.4g}"
-
-
-def head_name(label: str, head: int) -> str:
-    """``L03H05`` in a plain stack of layers, ``encoder.attn/H05`` elsewhere."""
-    separator = "" if label[:1] == "L" and label[1:].isdigit() else "/"
-    return f"{label}{separator}H{head:02d}"
 
 
 class Diagnosis:

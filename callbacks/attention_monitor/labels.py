@@ -1,13 +1,11 @@
 """Texts and numbers as they are written into pictures and tables: short, readable, nothing interpreted."""
 
-import unicodedata
 from collections.abc import Iterable
 from functools import cache
-from itertools import accumulate
 
 from matplotlib.font_manager import findfont, fontManager, get_font
 
-MAX_LABEL_WIDTH = 12  # characters of a token; those of wide scripts count twice
+from .naming import visible
 
 
 def readable(token: str) -> str:
@@ -20,16 +18,6 @@ def drawable(text: str) -> str:
     return "".join(c if _font_of(c) else "▯" for c in text)
 
 
-def visible(token: str) -> str:
-    """A token in at most 12 columns: white space and control characters made visible, nothing interpreted."""
-    text = token.replace(" ", "·").replace("\n", "↵").replace("\r", "↵").replace("\t", "→")
-    text = "".join(c if _is_visible(c) else "�" for c in text)
-    ends = list(accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
-    if not text or ends[-1] <= MAX_LABEL_WIDTH:
-        return text
-    return text[: sum(end < MAX_LABEL_WIDTH for end in ends)] + "…"
-
-
 def undrawable(tokens: Iterable[str]) -> str:
     """Characters of labels that no installed font has, each once."""
     return "".join(dict.fromkeys(c for token in tokens for c in token if c.isprintable() and not _font_of(c)))
@@ -39,11 +27,6 @@ def font_families(texts: Iterable[str]) -> list[str]:
     """Fonts that have the characters of texts between them, for matplotlib's ``fontfamily``."""
     found = dict.fromkeys(family for text in texts for c in text if (family := _font_of(c)))
     return list(dict.fromkeys(["DejaVu Sans", *found]))
-
-
-def _is_visible(c: str) -> bool:
-    # combining marks join what stands before them, among them those that emoji are put together with
-    return c.isprintable() or unicodedata.category(c) == "Mn"
 
 
 @cache

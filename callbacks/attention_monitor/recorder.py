@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calls import AttentionCall
-from .capturing import Capture, NoAttentionError, captures_paused, final_site, in_order
+from .capturing import Capture, NoAttentionError, captures_paused
 from .diagnosis import Diagnosis, HeadRoles
 from .errors import AttentionMonitorError, is_whole
 from .layers import LayerOutputs, with_layers
+from .naming import final_site, in_order
 from .probes import MAX_MAP_SIZE, EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
 from .rows import BLOCK_ELEMENTS, Workspace
 from .snapshots import HeadScore, Snapshot

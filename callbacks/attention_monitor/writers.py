@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from .diagnosis import head_name
 from .errors import AttentionMonitorError
+from .naming import head_name
 from .snapshots import Snapshot
 from .statistics import STATISTICS
 
