@@ -11,14 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "AttentionCall": "calls",
+    "AttentionCall": "capturing.attention_call",
     "AttentionMaps": "analysis",
     "AttentionMonitor": "monitor",
     "AttentionMonitorError": "errors",
     "AttentionRecorder": "recorder",
     "AttentionTrainerCallback": "trainer_callback",
     "AttentionWarning": "recorder",
-    "NoAttentionError": "capturing",
+    "NoAttentionError": "errors",
     "STATISTICS": "statistics",
     "RowBlock": "rows",
     "Rows": "rows",
@@ -31,7 +31,7 @@ _HOME = {
     "TextProbe": "probes",
     "run_probe": "recorder",
     "attention_maps": "analysis",
-    "capture": "capturing",
+    "capture": "capturing.capture_mode",
     "head_kinds": "analysis",
     "ranking": "analysis",
     "top_attended": "analysis",
@@ -50,9 +50,9 @@ __all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from .analysis import AttentionMaps, attention_maps, head_kinds, ranking, top_attended
-    from .calls import AttentionCall
-    from .capturing import NoAttentionError, capture
-    from .errors import AttentionMonitorError
+    from .capturing.attention_call import AttentionCall
+    from .capturing.capture_mode import capture
+    from .errors import AttentionMonitorError, NoAttentionError
     from .monitor import AttentionMonitor
     from .plots import (
         animate_head,

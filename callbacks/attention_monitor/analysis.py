@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import AttentionCall
-from .capturing import capture, captures_paused
+from .capturing.attention_call import AttentionCall
+from .capturing.capture_mode import capture, captures_paused
 from .errors import AttentionMonitorError
 from .naming import in_order
 from .probes import POSITION_SCORES, Probe, TextProbe, position_scores

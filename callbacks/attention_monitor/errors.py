@@ -8,3 +8,7 @@ class AttentionMonitorError(ValueError):
 def is_whole(x: object, least: int) -> bool:
     """Whether an option is a whole number that is large enough; True and False are none."""
     return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+
+class NoAttentionError(AttentionMonitorError):
+    """A model ran and no attention call was seen."""

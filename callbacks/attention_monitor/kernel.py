@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .calls import MASKED_BELOW, AttentionCall
+from .capturing.attention_call import AttentionCall
+from .capturing.masks import MASKED_BELOW
 from .rows import HIDDEN, QUANTITIES, Rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from .capturing import module_names
+from .capturing.running_modules import module_names
 from .snapshots import HeadScore, Snapshot
 
 # Added to weights before they are compared (Clark et al. 2019): heads that both leave a key out are alike there.

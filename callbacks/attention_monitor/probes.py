@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .calls import AttentionCall
+from .capturing.attention_call import AttentionCall
 from .errors import AttentionMonitorError, is_whole
 from .rows import RowBlock, spans
 from .snapshots import HeadScore

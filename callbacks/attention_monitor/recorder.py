@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calls import AttentionCall
-from .capturing import Capture, NoAttentionError, captures_paused
+from .capturing.attention_call import AttentionCall
+from .capturing.capture_mode import Capture, captures_paused
 from .diagnosis import Diagnosis, HeadRoles
-from .errors import AttentionMonitorError, is_whole
+from .errors import AttentionMonitorError, NoAttentionError, is_whole
 from .layers import LayerOutputs, with_layers
 from .naming import final_site, in_order
 from .probes import MAX_MAP_SIZE, EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import AttentionCall
+from .capturing.attention_call import AttentionCall
 from .errors import AttentionMonitorError
 
 # Scores held at a time: what is derived from a block stays in cache, and 64 rows make a matrix product worth while.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .calls import AttentionCall
+from .capturing.attention_call import AttentionCall
 from .errors import AttentionMonitorError
 from .rows import ALWAYS, QUANTITIES, WHICH_ROWS, Collected, RowBlock, Rows, Workspace, spans
 

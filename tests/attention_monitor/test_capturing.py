@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_monitor import NoAttentionError, capture, summarize
-from attention_monitor.capturing import Capture
+from attention_monitor.capturing.capture_mode import Capture
 from attention_monitor.naming import layer_labels, stacks
 
 from .project import installed

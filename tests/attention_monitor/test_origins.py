@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_monitor.origins import Frame, Origins, same_sequence
+from attention_monitor.capturing.provenance import Frame, Origins, same_sequence
 
 
 class Tape:

@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from attention_monitor import AttentionCall, NoAttentionError, capture, summarize
-from attention_monitor.recognisers import RECOGNISERS, Recogniser
+from attention_monitor.capturing.recognisers.base import RECOGNISERS, Recogniser
 
 from .handwritten import WRITTEN, Bahdanau, C, Einsum, NanoGPT, T
 

@@ -1,10 +1,9 @@
-"""A running model -> one ``AttentionCall`` per attention call. The only module that looks into a model.
+"""A running model -> one ``AttentionCall`` for each attention call.
 
 A ``TorchFunctionMode`` sees the functions a model calls, whoever wrote it; hooks common to all modules tell which one
 is calling. Both are there only while a capture lasts, and neither is in the model.
 """
 
-import re
 import sys
 import warnings
 from collections import Counter
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from importlib import import_module
+from pkgutil import iter_modules
 from threading import get_ident
 from typing import Any
 
@@ -24,30 +25,19 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from .calls import AttentionCall
-from .errors import AttentionMonitorError
-from .naming import final_site
-from .origins import Frame, Origins
-from .recognisers import (
-    ATTENTION_NAME,
-    RECOGNISERS,
-    Fate,
-    NotUnderstoodError,
-    Recogniser,
-    Seen,
-    name_of,
-    run_flex_attention,
-)
+from ..errors import NoAttentionError
+from ..naming import final_site
+from . import recognisers
+from .attention_call import AttentionCall
+from .provenance import Frame, Origins
+from .recognisers.base import ATTENTION_NAME, RECOGNISERS, Fate, NotUnderstoodError, Recogniser, Seen, name_of
+from .recognisers.flex import run_flex_attention
+from .running_modules import may_take_fast_path, module_names
+
+for _found in iter_modules(recognisers.__path__):
+    import_module(f"{recognisers.__name__}.{_found.name}")  # each registers what it reads
 
 _OUTSIDE = ""  # calls of the model outside of any forward are counted on their own
-
-
-# These have a fast path for inference that cannot be seen, and that they leave while a function mode is on.
-_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
-class NoAttentionError(AttentionMonitorError):
-    """A model ran and no attention call was seen."""
 
 
 class Capture(TorchFunctionMode):
@@ -140,7 +130,7 @@ class Capture(TorchFunctionMode):
                 del self._calls_in_forward[path]
             self._origins.cut()
         self._frames.append(Frame(name or type(module).__name__, module, self._origins.now()))
-        if self._unseen is None and _may_take_fast_path(module) and _get_current_function_mode_stack() == [self]:
+        if self._unseen is None and may_take_fast_path(module) and _get_current_function_mode_stack() == [self]:
             self._unseen = module
             self._switch_off()
 
@@ -257,45 +247,12 @@ class Capture(TorchFunctionMode):
             "scaled_dot_product_attention, nn.MultiheadAttention, flex_attention, flash_attn, xformers, and a softmax "
             "of products of queries and keys that is multiplied with values. Use one of them, called by the model's "
             "own modules outside TorchScript; or teach the package another with a Recogniser "
-            "(attention_monitor.recognisers); or leave the monitor out."
+            "(attention_monitor.capturing.recognisers); or leave the monitor out."
         )
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _may_take_fast_path(module: nn.Module) -> bool:
-    return (
-        not module.training
-        and any(getattr(type(module), "forward", None) is kind.forward for kind in _FAST_PATHS)
-        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()))
-    )
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Module -> its path in the model, without what wrappers put into it."""
-    at = dict(model.named_modules())  # parents come first
-    names = {model: ""}
-    for path, module in at.items():
-        if module not in names:
-            parent, _, child = path.rpartition(".")
-            name = names[at[parent]]
-            if not _is_wrapped(at[parent], parent, child, module):
-                name = f"{name}.{child}" if name else child
-            names[module] = name
-    return names
-
-
-def _is_wrapped(parent: nn.Module, path_of_parent: str, child: str, module: nn.Module) -> bool:
-    """Whether a module is what its parent wraps: torch.compile, FSDP, checkpoint_wrapper; DataParallel; PEFT."""
-    if child in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
-        return True
-    if child == "module":
-        return re.search("Parallel|Engine", type(parent).__name__) is not None
-    if child == "base_model":
-        return "model" in module._modules
-    return child == "model" and path_of_parent.rpartition(".")[2] == "base_model"
 
 
 _captures: list[Capture] = []  # that are running

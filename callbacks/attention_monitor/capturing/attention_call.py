@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Additive masks hide keys with -inf, finfo.min, -1e9 or -1e4: all of them leave a weight of exactly 0 in float32. In
-# bfloat16 -1e4 is -9984.
-MASKED_BELOW = -9.9e3
+from .masks import MASKED_BELOW, mask_limit
 
 # Rows of padding are looked for this many rows at a time.
 _ROWS = 256
@@ -168,7 +166,7 @@ class AttentionCall:
             allowed.tril_(start)
         if self.score_mod is not None:
             scores = self.score_mod(scores, start)
-            allowed = allowed & ~(scores <= _mask_limit(scores))  # it may mask too
+            allowed = allowed & ~(scores <= mask_limit(scores))  # it may mask too
             scores = _at_least(hidden, scores, out)
         if self.is_causal:
             later = torch.ones((R, max(0, K - start)), dtype=torch.bool, device=scores.device).triu_(1)
@@ -265,7 +263,7 @@ class AttentionCall:
     @cached_property
     def _limit(self) -> Tensor:
         assert self.model_scores is not None
-        return _mask_limit(self.model_scores)
+        return mask_limit(self.model_scores)
 
     @property
     def given(self) -> Tensor:
@@ -280,14 +278,3 @@ def _at_least(lowest: float, scores: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
         return scores if lowest == -torch.inf else scores.clamp(min=lowest)
     return torch.clamp(scores, min=lowest, out=out[: scores.numel()].view(scores.shape))
-
-
-def _mask_limit(scores: Tensor) -> Tensor:
-    """Highest value of masked entries of scores (B, H, R, K), for each head: (1, H, 1, 1).
-
-    A mask of -1e4 or less, added or filled in, leaves a wide gap below the lowest score. There is none where training
-    has blown up the scores themselves to thousands; then only what no score reaches counts as masked.
-    """
-    lowest = max(-1e8, torch.finfo(scores.dtype).min * 0.9)
-    in_gap = (scores > MASKED_BELOW / 2) & (scores < MASKED_BELOW / 4)
-    return torch.where(in_gap.any(-1).any(-1).any(0)[None, :, None, None], lowest, MASKED_BELOW / 2)

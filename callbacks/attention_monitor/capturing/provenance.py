@@ -30,15 +30,25 @@ PRODUCTS = {
     Tensor.baddbmm,
     torch.einsum,
 }
+
+
 # Products with weights.
 _LAYERS = {F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d}
+
+
 # Nothing that comes out of these is a product of queries and keys any more.
 _MIXERS = {
     F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, torch.lstm, torch.gru, torch.rnn_tanh,
     torch.rnn_relu, torch.lstm_cell, torch.gru_cell,
 }  # fmt: skip
+
+
 _TIMES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+
+
 _SUM = {torch.sum, Tensor.sum}
+
+
 # Leave what a tensor carries as it is.
 HARMLESS = {
     F.dropout, torch.dropout, F.alpha_dropout, F.feature_alpha_dropout, Tensor.to, Tensor.float, Tensor.half,
@@ -106,6 +116,8 @@ class _Entry:
 
 
 _WEIGHT = _Entry(lambda: None, Origin(0, is_data=False))
+
+
 _NO_TENSORS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 
 

@@ -1,0 +1,1 @@
+"""A running model -> one ``AttentionCall`` for each attention call."""

@@ -1,0 +1,107 @@
+"""Attention by the kernels of flash_attn and xformers.
+
+Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head dimensions, R rows of a block.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..attention_call import AttentionCall
+from .base import NotUnderstoodError, Recogniser, Seen
+
+
+class FlashKernel(Recogniser):
+    """Operators behind flash_attn and xformers; their arguments are taken by the names in their schemas."""
+
+    functions = (
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "xformers_flash::flash_fwd",
+        "xformers::efficient_attention_forward_cutlass",
+        "aten::_flash_attention_forward",
+        "aten::_efficient_attention_forward",
+    )
+    _NAMES: ClassVar = {
+        "q": "query",
+        "k": "key",
+        "v": "value",
+        "softmax_scale": "scale",
+        "causal": "is_causal",
+        "window_size_left": "window_left",
+        "window_size_right": "window_right",
+        "cum_seq_q": "cu_seqlens_q",
+        "cum_seq_k": "cu_seqlens_k",
+        "attn_bias": "bias",
+    }
+    _UNREADABLE = ("block_table", "block_tables", "leftpad_k", "seqused_k", "seqlen_k", "q_descale", "k_descale")
+
+    def read(self, seen: Seen) -> AttentionCall:
+        overload = seen.func if isinstance(seen.func, torch._ops.OpOverload) else seen.func.default
+        names = [argument.name for argument in overload._schema.arguments]
+        given = dict(zip(names, seen.args, strict=False)) | seen.kwargs
+        given = {self._NAMES.get(name, name): value for name, value in given.items() if value is not None}
+        unreadable = [name for name in self._UNREADABLE if name in given]
+        if unreadable:
+            raise NotUnderstoodError(f"{overload.name()} was given {', '.join(unreadable)}, which is not supported")
+        query, key = given["query"], given["key"]
+        self_attention = seen.same_sequence(query, key)
+        query, key, value = query.detach(), key.detach(), given["value"].detach()
+        if query.dim() == 3:  # all sequences one after the other: (tokens, H, D)
+            query, key, value = query[None], key[None], value[None]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, Q, D)
+        Q, K, device = query.shape[2], key.shape[2], query.device
+        q_segment, q_local, q_lengths = _segments(given.get("cu_seqlens_q"), Q, device)
+        k_segment, k_local, k_lengths = _segments(given.get("cu_seqlens_k"), K, device)
+        # the last query is aligned with the last key; the numbers of custom_mask_type: 1 aligns the first ones
+        from_top = given.get("custom_mask_type", 0) == 1
+        if not from_top and len(q_lengths) == len(k_lengths):
+            q_local = q_local + (k_lengths - q_lengths)[q_segment]
+        causal = bool(given.get("is_causal", False)) or given.get("custom_mask_type", 0) > 0
+        left = given.get("window_left", -1)
+        right = 0 if causal else given.get("window_right", -1)
+        window = given.get("window_size", 0)  # of the efficient kernel: the keys from i - window + 1
+        left = window - 1 if window > 0 else left
+
+        def allowed(start: int, stop: int) -> Tensor:
+            distance = k_local[None] - q_local[start:stop, None]  # (R, K)
+            visible = q_segment[start:stop, None] == k_segment[None]
+            visible = visible & (distance <= right) if right >= 0 else visible
+            visible = visible & (distance >= -left) if left >= 0 else visible
+            return visible[None, None]
+
+        softcap, slopes, bias = given.get("softcap", 0.0), given.get("alibi_slopes"), given.get("bias")
+
+        def modify(scores: Tensor, start: int) -> Tensor:
+            B, H, R, _ = scores.shape
+            if softcap > 0:
+                scores = softcap * (scores / softcap).tanh()
+            if slopes is not None:
+                distance = (k_local[None] - q_local[start : start + R, None]).abs()
+                scores = scores - slopes.detach().reshape(-1, H, 1, 1)[:B] * distance
+            if bias is not None:
+                scores = scores + bias.detach()[:B, :, start : start + R]
+            return scores
+
+        scale = given.get("scale", 1 / math.sqrt(query.shape[-1]))
+        modified = softcap > 0 or slopes is not None or bias is not None
+        return AttentionCall(
+            "",
+            query,
+            key,
+            scale=scale,
+            score_mod=modify if modified else None,
+            mask_mod=allowed,
+            self_attention=self_attention,
+            value=value,
+        )
+
+
+def _segments(cu_seqlens: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment of each token, its position there, and the lengths of the segments."""
+    ends = torch.tensor([0, n], device=device) if cu_seqlens is None else cu_seqlens.long()
+    lengths = ends.diff()
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    return segment, torch.arange(len(segment), device=device) - ends[segment], lengths

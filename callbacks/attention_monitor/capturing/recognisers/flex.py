@@ -1,0 +1,89 @@
+"""Attention by ``torch.nn.attention.flex_attention``.
+
+Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head dimensions, R rows of a block.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention_call import AttentionCall
+from .base import Recogniser, Seen
+
+
+class FlexAttention(Recogniser):
+    """``torch.nn.attention.flex_attention``, by the operator in which it ends."""
+
+    functions = ("flex_attention",)
+
+    def read(self, seen: Seen) -> AttentionCall:
+        query, key, value, score_mod, block_mask, scale = seen.args[:6]
+        self_attention = seen.same_sequence(query, key)
+        query, key = query.detach(), key.detach()
+        key = key.expand(query.shape[0], -1, -1, -1)
+        K, device = key.shape[2], query.device
+
+        def modify(scores: Tensor, start: int) -> Tensor:
+            B, H, R, _ = scores.shape
+            return _vectorised(score_mod, (B, H, start, start + R, K), device, scores)
+
+        mask_mod, mask_shape = block_mask[-1], block_mask[2].shape[:2]  # it may be the same for all sequences or heads
+
+        def allowed(start: int, stop: int) -> Tensor:
+            return _vectorised(mask_mod, (*mask_shape, start, stop, K), device)
+
+        return AttentionCall(
+            "",
+            query,
+            key,
+            scale=scale,
+            score_mod=None if score_mod.__name__ == "_identity" else modify,
+            mask_mod=None if mask_mod.__name__ == "noop_mask" else allowed,
+            self_attention=self_attention,
+            value=value.detach(),
+        )
+
+
+def _vectorised(mod: Any, extent: tuple[int, ...], device: torch.device, *scores: Tensor) -> Tensor:
+    """``mod([score], b, h, query, key)``, written for one entry, over (B, H, R, K)."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    B, H, start, stop, K = extent
+    positions = [torch.arange(*span, device=device) for span in ((0, B), (0, H), (start, stop), (0, K))]
+    for axis in (3, 2, 1, 0):
+        mod = torch.vmap(mod, in_dims=((0,) * len(scores)) + tuple(0 if axis == i else None for i in range(4)))
+    with TransformGetItemToIndex():  # flex_attention lets a tensor be indexed by these positions
+        return mod(*scores, *positions).detach()
+
+
+def run_flex_attention(func: Any, args: Sequence[Any]) -> Any:
+    """Run the flex_attention operator as it would run if nobody were watching.
+
+    Watching makes compiled code run eagerly, and there the operator is not itself: its gradients for tensors that
+    ``score_mod`` uses are lost, and it holds all scores. So it is compiled here: with the default backend where the
+    model had compiled it, for numbers and memory as they are there; with the backend that flex_attention itself takes
+    otherwise.
+    """
+    import torch._dynamo.utils
+
+    compiled = 0
+    frame = inspect.currentframe()
+    while frame is not None:
+        compiled += frame.f_code.co_name == "compile_wrapper"
+        frame = frame.f_back
+    # flex_attention puts one such frame there itself
+    backend = "inductor" if compiled > 1 else "eager"
+
+    def attend(*args: Any) -> tuple[Any, ...]:
+        out, *rest = func(*args)
+        options = args[6]
+        wanted = [options.get(name, True) for name in ("OUTPUT_LOGSUMEXP", "OUTPUT_MAX")]
+        return out, *(x if want else None for x, want in zip(rest, wanted, strict=False))
+
+    # flex_attention lifts the limit on recompilations too, which with fullgraph=True is an error
+    with torch.compiler.set_stance("default"), torch._dynamo.utils.disable_cache_limit():
+        out, *rest = torch.compile(attend, backend=backend, fullgraph=True)(*args[:7])
+    return out, *(out.new_empty(0) if x is None else x for x in rest)
