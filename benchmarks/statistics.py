@@ -64,7 +64,7 @@ def plain(model: nn.Module, tokens: Tensor) -> None:
 def captured(model: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:
     """As the monitor does it: each call is summarized and forgotten."""
     from attention_monitor.recorder import Recording
-    from attention_monitor.statistics import resolve_statistics
+    from attention_monitor.statistics.catalogue import resolve_statistics
 
     with Recording(model, resolve_statistics(THREE)) as recording:
         model(tokens)
@@ -192,7 +192,7 @@ def measure_gpu(lengths: list[int]) -> list[dict[str, float]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from triton.testing import do_bench
 
-    from attention_monitor import kernel
+    from attention_monitor.statistics import kernel
 
     rows = []
     for T in lengths:

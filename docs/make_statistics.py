@@ -4,8 +4,9 @@ import inspect
 from pathlib import Path
 
 from attention_monitor import STATISTICS
-from attention_monitor.rows import RowBlock
-from attention_monitor.statistics import DEFAULT_STATISTICS, Statistic
+from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS
+from attention_monitor.statistics.registry import Statistic
+from attention_monitor.statistics.row_blocks import RowBlock
 
 PAGE = Path(__file__).with_name("statistics.md")
 
@@ -40,7 +41,7 @@ def section(stat: Statistic) -> str:
 
 
 def page() -> str:
-    own = [stat for stat in STATISTICS.values() if stat.function.__module__ == "attention_monitor.statistics"]
+    own = [stat for stat in STATISTICS.values() if stat.function.__module__ == "attention_monitor.statistics.catalogue"]
     in_order = sorted(own, key=lambda stat: stat.name not in DEFAULT_STATISTICS)
     return "\n\n".join([HEAD.rstrip(), *map(section, in_order)]) + "\n"
 

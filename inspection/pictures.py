@@ -24,7 +24,7 @@ from attention_monitor.plots import (
     plot_layers,
     plot_matrix,
 )
-from attention_monitor.statistics import STATISTICS
+from attention_monitor.statistics.registry import STATISTICS
 
 from .report import Comparison, Findings, Selection
 

@@ -19,9 +19,9 @@ _HOME = {
     "AttentionTrainerCallback": "trainer_callback",
     "AttentionWarning": "recorder",
     "NoAttentionError": "errors",
-    "STATISTICS": "statistics",
-    "RowBlock": "rows",
-    "Rows": "rows",
+    "STATISTICS": "statistics.catalogue",
+    "RowBlock": "statistics.row_blocks",
+    "Rows": "statistics.row_blocks",
     "Snapshot": "snapshots",
     "BatchProbe": "probes",
     "Probe": "probes",
@@ -43,8 +43,8 @@ _HOME = {
     "plot_heads": "plots",
     "plot_layers": "plots",
     "plot_matrix": "plots",
-    "statistic": "statistics",
-    "summarize": "statistics",
+    "statistic": "statistics.catalogue",
+    "summarize": "statistics.totals",
 }
 __all__ = list(_HOME)
 
@@ -66,9 +66,10 @@ if TYPE_CHECKING:
     )
     from .probes import BatchProbe, LayerProbe, Probe, RelationProbe, RepeatedTokensProbe, TextProbe
     from .recorder import AttentionRecorder, AttentionWarning, run_probe
-    from .rows import RowBlock, Rows
     from .snapshots import Snapshot
-    from .statistics import STATISTICS, statistic, summarize
+    from .statistics.catalogue import STATISTICS, statistic
+    from .statistics.row_blocks import RowBlock, Rows
+    from .statistics.totals import summarize
     from .trainer_callback import AttentionTrainerCallback
 
 

@@ -17,9 +17,9 @@ from .capturing.capture_mode import capture, captures_paused
 from .errors import AttentionMonitorError
 from .naming import in_order
 from .probes import POSITION_SCORES, Probe, TextProbe, position_scores
-from .rows import RowBlock
 from .snapshots import Snapshot
-from .statistics import summarize
+from .statistics.row_blocks import RowBlock
+from .statistics.totals import summarize
 
 # a head's layer, number, and value
 Ranked = tuple[int, int, float]

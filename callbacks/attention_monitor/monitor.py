@@ -10,7 +10,7 @@ from .diagnosis import HeadRoles
 from .probes import Probe
 from .recorder import AttentionRecorder, check_options
 from .snapshots import Snapshot
-from .statistics import DEFAULT_STATISTICS
+from .statistics.catalogue import DEFAULT_STATISTICS
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

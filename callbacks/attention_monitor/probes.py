@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_map_only
 
 from .capturing.attention_call import AttentionCall
 from .errors import AttentionMonitorError, is_whole
-from .rows import RowBlock, spans
 from .snapshots import HeadScore
+from .statistics.maps import MAX_MAP_SIZE
+from .statistics.row_blocks import RowBlock, spans
 
 # Mean weight on the first token (Gu et al. 2024); share of rows whose largest weight is at one offset (Voita et al.
 # 2019).
 POSITION_SCORES = (HeadScore("sink", 0.3, is_written=False), HeadScore("positional", 0.9, is_written=False))
 
-MAX_MAP_SIZE = 96  # positions in a picture; longer patterns are pooled
 
 # In a shorter text uniform causal attention comes close to a sink: mean weight on the first of 9 tokens is 0.31.
 MIN_TOKENS = 16

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capturing.attention_call import AttentionCall
@@ -19,10 +18,13 @@ from .diagnosis import Diagnosis, HeadRoles
 from .errors import AttentionMonitorError, NoAttentionError, is_whole
 from .layers import LayerOutputs, with_layers
 from .naming import final_site, in_order
-from .probes import MAX_MAP_SIZE, EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
-from .rows import BLOCK_ELEMENTS, Workspace
+from .probes import EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
 from .snapshots import HeadScore, Snapshot
-from .statistics import DEFAULT_STATISTICS, HeadTotals, Statistic, resolve_statistics
+from .statistics.catalogue import DEFAULT_STATISTICS, resolve_statistics
+from .statistics.maps import MAX_MAP_SIZE, picture
+from .statistics.registry import Statistic
+from .statistics.row_blocks import Workspace
+from .statistics.totals import HeadTotals
 from .writers import Writer, sinks_for
 
 
@@ -189,21 +191,6 @@ class Recording:
             is_cross=[seen[site].is_cross for site in sites],
             scores=scores,
         )
-
-
-def picture(call: AttentionCall) -> Tensor:
-    """The pattern (B, H, Q, K), or its largest weights over a grid of at most MAX_MAP_SIZE positions a side.
-
-    Only for looking at. A long one is built a band of rows at a time: memory is O(K), not O(Q x K).
-    """
-    B, H, Q, K = call.shape
-    if max(Q, K) <= MAX_MAP_SIZE:
-        return call.pattern()
-    rows, columns = min(Q, MAX_MAP_SIZE), min(K, MAX_MAP_SIZE)
-    if B * H * Q * K <= BLOCK_ELEMENTS:
-        return F.adaptive_max_pool2d(call.pattern(), (rows, columns))
-    bands = [(Q * i // rows, -(-Q * (i + 1) // rows)) for i in range(rows)]  # as adaptive_max_pool2d has them
-    return torch.cat([F.adaptive_max_pool2d(call.pattern(*band), (1, columns)) for band in bands], dim=2)
 
 
 def check_options(

@@ -30,7 +30,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from .errors import AttentionMonitorError
 from .naming import head_name
 from .snapshots import Snapshot
-from .statistics import STATISTICS
+from .statistics.registry import STATISTICS
 
 MAX_PENDING = 4  # snapshots waiting to be drawn
 

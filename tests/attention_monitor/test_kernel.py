@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from attention_monitor import STATISTICS, AttentionCall, summarize
-from attention_monitor import statistics as statistics_module
-from attention_monitor.rows import QUANTITIES, Collected, RowBlock, spans
-from attention_monitor.statistics import DEFAULT_STATISTICS
+from attention_monitor.statistics import totals
+from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS
+from attention_monitor.statistics.row_blocks import QUANTITIES, Collected, RowBlock, spans
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 
-from attention_monitor import kernel  # noqa: E402 - Triton reads its setting when it is imported
+from attention_monitor.statistics import kernel  # noqa: E402 - Triton reads its setting when it is imported
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -109,7 +109,7 @@ def test_rows_that_are_not_finite_are_found(which, value):
     getattr(call, which)[0, 1, 66, 3] = value
     row = torch.arange(70, device=DEVICE)
     finite = kernel.rows_of(call, row).entropy.isfinite()
-    assert torch.equal(finite, torch.isfinite(statistics_module.Rows(call, row, row, by_blocks(call)).entropy))
+    assert torch.equal(finite, torch.isfinite(totals.Rows(call, row, row, by_blocks(call)).entropy))
 
 
 def test_some_rows_only():
@@ -127,9 +127,9 @@ def test_statistics_are_the_same_with_the_kernel_as_without(monkeypatch):
     call = make_call(70, 70, 4, 2, is_causal=True)
     names = [name for name in STATISTICS if STATISTICS[name].needs is not None]
     assert set(DEFAULT_STATISTICS) <= set(names)
-    monkeypatch.setattr(statistics_module, "_kernel_for", lambda call: kernel)
+    monkeypatch.setattr(totals, "_kernel_for", lambda call: kernel)
     found = summarize(call, names)
-    monkeypatch.setattr(statistics_module, "_kernel_for", lambda call: None)
+    monkeypatch.setattr(totals, "_kernel_for", lambda call: None)
     expected = summarize(call, names)
     for name in names:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)

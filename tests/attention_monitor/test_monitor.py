@@ -23,7 +23,8 @@ from attention_monitor import (
     TextProbe,
     statistic,
 )
-from attention_monitor.statistics import DEFAULT_STATISTICS, HeadTotals
+from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS
+from attention_monitor.statistics.totals import HeadTotals
 
 from .project import VOCAB, Project, T, Tokenizer, installed, make_trainer
 
@@ -253,7 +254,7 @@ def test_an_epoch_that_the_module_skips_leaves_nothing_installed(tmp_path):
 
 
 def test_a_model_whose_calls_cannot_be_read_trains_on_with_a_warning(tmp_path, monkeypatch):
-    from attention_monitor import statistics
+    from attention_monitor.statistics import totals as statistics
 
     def fail(*args):
         raise RuntimeError("not understood")

@@ -187,8 +187,8 @@ def test_a_short_text_says_nothing_of_positions():
 @pytest.mark.parametrize("block", [1, 4, 1000])
 def test_a_positional_head_looks_at_one_offset_in_most_rows(block, monkeypatch):
     monkeypatch.setattr("attention_monitor.probes.MIN_TOKENS", 9)
-    monkeypatch.setattr("attention_monitor.rows.BLOCK_ROWS", block)
-    monkeypatch.setattr("attention_monitor.rows.BLOCK_ELEMENTS", 3 * 9 * block)
+    monkeypatch.setattr("attention_monitor.statistics.row_blocks.BLOCK_ROWS", block)
+    monkeypatch.setattr("attention_monitor.statistics.row_blocks.BLOCK_ELEMENTS", 3 * 9 * block)
     T = 9
     rows = torch.full((1, 3, T, T), 0.01).tril()
     for i in range(1, T):

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
-import attention_monitor.recorder as recorder_module
 from attention_monitor import (
     AttentionCall,
     AttentionMonitor,
@@ -22,6 +21,7 @@ from attention_monitor import (
     AttentionWarning,
     NoAttentionError,
 )
+from attention_monitor.statistics import maps
 
 from .project import VOCAB, Project, T, installed, make_trainer
 
@@ -290,8 +290,8 @@ def test_memory_does_not_grow_over_1000_sampled_steps(make):
 @pytest.mark.parametrize(("Q", "K"), [(97, 97), (250, 130), (96, 200), (300, 20)])
 def test_a_long_map_is_pooled_alike_whole_and_in_bands(Q, K, monkeypatch):
     call = AttentionCall("attn", torch.randn(1, 2, Q, 4), torch.randn(1, 2, K, 4))
-    whole = recorder_module.picture(call)
-    monkeypatch.setattr(recorder_module, "BLOCK_ELEMENTS", 0)
-    torch.testing.assert_close(recorder_module.picture(call), whole)  # products of other sizes round otherwise
+    whole = maps.picture(call)
+    monkeypatch.setattr(maps, "BLOCK_ELEMENTS", 0)
+    torch.testing.assert_close(maps.picture(call), whole)  # products of other sizes round otherwise
     assert whole.shape == (1, 2, min(Q, 96), min(K, 96))
     assert whole[0, 0, 0, 0] == call.pattern()[0, 0, : -(-Q // min(Q, 96)), : -(-K // min(K, 96))].max()

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_monitor import STATISTICS, AttentionCall, AttentionMonitorError, capture, statistic, summarize
-from attention_monitor import rows as rows_module
-from attention_monitor.statistics import HeadTotals, resolve_statistics
+from attention_monitor.statistics import row_blocks as rows_module
+from attention_monitor.statistics.catalogue import resolve_statistics
+from attention_monitor.statistics.totals import HeadTotals
 
 from .oracle import NAMES, head_statistics
 

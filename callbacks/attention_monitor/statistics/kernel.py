@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .capturing.attention_call import AttentionCall
-from .capturing.masks import MASKED_BELOW
-from .rows import HIDDEN, QUANTITIES, Rows
+from ..capturing.attention_call import AttentionCall
+from ..capturing.masks import MASKED_BELOW
+from .row_blocks import HIDDEN, QUANTITIES, Rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HIDDEN, _MASKED_BELOW = tl.constexpr(HIDDEN), tl.constexpr(MASKED_BELOW)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capturing.attention_call import AttentionCall
-from .errors import AttentionMonitorError
+from ..capturing.attention_call import AttentionCall
+from ..errors import AttentionMonitorError
 
 # Scores held at a time: what is derived from a block stays in cache, and 64 rows make a matrix product worth while.
 BLOCK_ELEMENTS = 3 << 20

@@ -1,0 +1,1 @@
+"""AttentionCall -> numbers of heads, in blocks of query rows."""
