@@ -13,7 +13,6 @@ from torch import Tensor
 
 from attention_monitor import AttentionMaps
 from attention_monitor.analysis import flow
-from attention_monitor.layers import rollout
 from attention_monitor.plots import (
     MAX_WRITTEN,
     animate_head,
@@ -24,6 +23,7 @@ from attention_monitor.plots import (
     plot_layers,
     plot_matrix,
 )
+from attention_monitor.probes.layer_measures import rollout
 from attention_monitor.statistics.registry import STATISTICS
 
 from .report import Comparison, Findings, Selection

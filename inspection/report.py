@@ -15,7 +15,7 @@ from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
 from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
 from attention_monitor.diagnosis import HeadRoles
 from attention_monitor.naming import head_name, visible
-from attention_monitor.probes import MIN_TOKENS
+from attention_monitor.probes.position import MIN_TOKENS
 
 from .subjects import Subject
 

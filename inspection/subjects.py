@@ -19,7 +19,8 @@ from attention_monitor import (
     attention_maps,
     run_probe,
 )
-from attention_monitor.probes import EncodedProbe, token_ids, token_labels
+from attention_monitor.probes.base import EncodedProbe
+from attention_monitor.probes.tokens import token_ids, token_labels
 from gpt import InputError
 from gpt.checkpoint import load_checkpoint
 from gpt.model import GPT, GPTConfig

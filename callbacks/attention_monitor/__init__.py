@@ -23,12 +23,12 @@ _HOME = {
     "RowBlock": "statistics.row_blocks",
     "Rows": "statistics.row_blocks",
     "Snapshot": "snapshots",
-    "BatchProbe": "probes",
-    "Probe": "probes",
-    "LayerProbe": "probes",
-    "RelationProbe": "probes",
-    "RepeatedTokensProbe": "probes",
-    "TextProbe": "probes",
+    "BatchProbe": "probes.batch",
+    "Probe": "probes.base",
+    "LayerProbe": "probes.text",
+    "RelationProbe": "probes.relation",
+    "RepeatedTokensProbe": "probes.repeated",
+    "TextProbe": "probes.text",
     "run_probe": "recorder",
     "attention_maps": "analysis",
     "capture": "capturing.capture_mode",
@@ -64,7 +64,11 @@ if TYPE_CHECKING:
         plot_layers,
         plot_matrix,
     )
-    from .probes import BatchProbe, LayerProbe, Probe, RelationProbe, RepeatedTokensProbe, TextProbe
+    from .probes.base import Probe
+    from .probes.batch import BatchProbe
+    from .probes.relation import RelationProbe
+    from .probes.repeated import RepeatedTokensProbe
+    from .probes.text import LayerProbe, TextProbe
     from .recorder import AttentionRecorder, AttentionWarning, run_probe
     from .snapshots import Snapshot
     from .statistics.catalogue import STATISTICS, statistic

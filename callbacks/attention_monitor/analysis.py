@@ -16,7 +16,9 @@ from .capturing.attention_call import AttentionCall
 from .capturing.capture_mode import capture, captures_paused
 from .errors import AttentionMonitorError
 from .naming import in_order
-from .probes import POSITION_SCORES, Probe, TextProbe, position_scores
+from .probes.base import Probe
+from .probes.position import POSITION_SCORES, position_scores
+from .probes.text import TextProbe
 from .snapshots import Snapshot
 from .statistics.row_blocks import RowBlock
 from .statistics.totals import summarize

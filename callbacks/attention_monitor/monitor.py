@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .diagnosis import HeadRoles
-from .probes import Probe
+from .probes.base import Probe
 from .recorder import AttentionRecorder, check_options
 from .snapshots import Snapshot
 from .statistics.catalogue import DEFAULT_STATISTICS

@@ -16,9 +16,10 @@ from .capturing.attention_call import AttentionCall
 from .capturing.capture_mode import Capture, captures_paused
 from .diagnosis import Diagnosis, HeadRoles
 from .errors import AttentionMonitorError, NoAttentionError, is_whole
-from .layers import LayerOutputs, with_layers
 from .naming import final_site, in_order
-from .probes import EncodedProbe, Probe, ProbeBatch, ScoreFunction, TextProbe
+from .probes.base import EncodedProbe, Probe, ProbeBatch, ScoreFunction
+from .probes.layer_measures import LayerOutputs, with_layers
+from .probes.text import TextProbe
 from .snapshots import HeadScore, Snapshot
 from .statistics.catalogue import DEFAULT_STATISTICS, resolve_statistics
 from .statistics.maps import MAX_MAP_SIZE, picture

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .diagnosis import HeadRoles
-from .probes import Probe
+from .probes.base import Probe
 from .recorder import AttentionRecorder, check_options
 from .snapshots import Snapshot
 from .statistics.catalogue import DEFAULT_STATISTICS

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_monitor import AttentionMonitorError, LayerProbe, run_probe
-from attention_monitor.layers import head_distance, layer_of, rollout, token_spread
+from attention_monitor.probes.layer_measures import head_distance, layer_of, rollout, token_spread
 
 
 class Letters:

@@ -658,7 +658,7 @@ def test_roles_are_written_when_they_change_and_go_on_in_a_resumed_run(tmp_path,
             self.blocks[0].qkv.bias.data.zero_()
 
     checkpoint = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", save_last=True)
-    monkeypatch.setattr("attention_monitor.probes.MIN_TOKENS", 1)
+    monkeypatch.setattr("attention_monitor.probes.position.MIN_TOKENS", 1)
     text = "abcdefghij"
     monitor = AttentionMonitor(every_n_steps=4, probe=text)
     options = {"enable_checkpointing": True, "max_steps": 5}

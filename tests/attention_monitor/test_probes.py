@@ -18,7 +18,9 @@ from attention_monitor import (
     TextProbe,
     run_probe,
 )
-from attention_monitor.probes import EncodedProbe, ProbeBatch, position_scores, repeat_scores, undisturbed
+from attention_monitor.probes.base import EncodedProbe, ProbeBatch, undisturbed
+from attention_monitor.probes.position import position_scores
+from attention_monitor.probes.repeated import repeat_scores
 
 BYTES = tiktoken.Encoding(
     "bytes", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
@@ -186,7 +188,7 @@ def test_a_short_text_says_nothing_of_positions():
 
 @pytest.mark.parametrize("block", [1, 4, 1000])
 def test_a_positional_head_looks_at_one_offset_in_most_rows(block, monkeypatch):
-    monkeypatch.setattr("attention_monitor.probes.MIN_TOKENS", 9)
+    monkeypatch.setattr("attention_monitor.probes.position.MIN_TOKENS", 9)
     monkeypatch.setattr("attention_monitor.statistics.row_blocks.BLOCK_ROWS", block)
     monkeypatch.setattr("attention_monitor.statistics.row_blocks.BLOCK_ELEMENTS", 3 * 9 * block)
     T = 9

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from .capturing.running_modules import module_names
-from .snapshots import HeadScore, Snapshot
+from ..capturing.running_modules import module_names
+from ..snapshots import HeadScore, Snapshot
 
 # Added to weights before they are compared (Clark et al. 2019): heads that both leave a key out are alike there.
 SMOOTHING = 0.001

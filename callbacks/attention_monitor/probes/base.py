@@ -1,0 +1,153 @@
+"""Fixed inputs whose patterns can be compared over time, and what is scored on them.
+
+A probe is what the user writes. Encoded, it is batches to call the model on, and for each of them the scores, 0..1 for
+every head, that follow from an attention call.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..capturing.attention_call import AttentionCall
+from ..errors import AttentionMonitorError
+from ..snapshots import HeadScore
+
+ScoreFunction = Callable[[AttentionCall], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """One call of the model.
+
+    Attributes:
+        inputs: a tensor, or a tuple of arguments, or a dict of keyword arguments.
+        score: of a self-attention call on it: name -> (n, H), to be averaged over n and batches.
+    """
+
+    inputs: Any
+    score: ScoreFunction
+
+    def run(self, model: nn.Module, device: torch.device) -> None:
+        """Call the model on it."""
+        inputs = dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs  # of transformers, a UserDict
+        inputs = tree_map_only(Tensor, lambda x: x.to(device, copy=True), inputs)  # a model may write into them
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        elif isinstance(inputs, list | tuple):
+            model(*inputs)
+        else:
+            model(inputs)
+
+
+@dataclass(frozen=True)
+class EncodedProbe:
+    """A probe that is ready to be run.
+
+    Attributes:
+        name: of the source of its snapshots.
+        batches: that the model is called on.
+        scores: what its batches score, in order.
+        labels: of the positions of the first batch's first sequence, where they are known.
+        is_drawn: its maps are worth a picture.
+        with_statistics: the statistics that are taken of training are taken of it too.
+        every: sampled steps from one run to the next.
+        with_layers: layers are looked at as a whole too.
+    """
+
+    name: str
+    batches: Sequence[ProbeBatch]
+    scores: Sequence[HeadScore] = ()
+    labels: list[str] | None = None
+    is_drawn: bool = False
+    with_statistics: bool = False
+    every: int = 1
+    with_layers: bool = False
+
+    def run(self, model: nn.Module, watch: Callable[[ProbeBatch], None] | None = None) -> None:
+        """Call the model on every batch (``watch`` is told of each before), leaving no trace in it.
+
+        Raises:
+            AttentionMonitorError: when the model does not take the probe.
+        """
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        with undisturbed(model):
+            for batch in self.batches:
+                if watch is not None:
+                    watch(batch)
+                try:
+                    batch.run(model, device)
+                except Exception as error:
+                    shape = f" of shape {tuple(batch.inputs.shape)}" if isinstance(batch.inputs, Tensor) else ""
+                    reason = f"{type(error).__name__}: {error}".rstrip(".")
+                    raise AttentionMonitorError(
+                        f"The probe {self.name!r}{shape} could not be run through {type(model).__name__}: "
+                        f"{reason}. Texts and tokens are run by model(token_ids), in evaluation mode: make them fit "
+                        "its context and vocabulary (vocab_size); for other inputs there is BatchProbe."
+                    ) from error
+
+
+class Probe(ABC):
+    """A fixed input that is run through the model at every sampled step.
+
+    Attributes:
+        name: of its tags: letters, digits, underscores.
+        every: sampled steps from one run to the next; the last step has one too.
+    """
+
+    name: str
+    every: int
+
+    @abstractmethod
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        """Ready to be run.
+
+        Args:
+            tokenizer: of the datamodule or the model; a probe's own comes first.
+
+        Raises:
+            AttentionMonitorError: when it cannot be encoded.
+        """
+
+
+def is_of_tokens(call: AttentionCall, shape: tuple[int, ...]) -> bool:
+    """Whether a call's positions are those of tokens (B, T): a model may pool them, or put others before."""
+    B, T = shape
+    return call.shape[0] == B and call.shape[2:] == (T, T)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards module modes, buffers and random states are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None or buffer.is_inference() else (buffer._version, buffer.clone()))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from
+    try:
+        with torch.random.fork_rng(sorted(device.index for device in devices)), torch.no_grad():
+            for module, _ in modes:
+                module.training = False  # not by eval(): a model's own may move weights about, as LoRA's does
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        for module, training in modes:
+            module.training = training
+        for module, _ in modes:
+            module._buffers.clear()  # of what was registered on the way too
+        for module, name, buffer, saved in buffers:
+            module._buffers[name] = buffer
+            if buffer is not None and saved is not None and buffer._version != saved[0]:
+                buffer.copy_(saved[1])

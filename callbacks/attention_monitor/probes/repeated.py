@@ -1,0 +1,106 @@
+"""Random tokens, repeated: what induction heads are found by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capturing.attention_call import AttentionCall
+from ..errors import AttentionMonitorError, is_whole
+from ..snapshots import HeadScore
+from .base import EncodedProbe, Probe, ProbeBatch, is_of_tokens
+from .tokens import vocab_size_of
+
+# No threshold has been published for these: most of a head's weight is there.
+REPEAT_SCORES = (HeadScore("induction", 0.5), HeadScore("duplicate_token", 0.5), HeadScore("previous_token", 0.5))
+
+
+@dataclass(frozen=True)
+class RepeatedTokensProbe(Probe):
+    """Random tokens, repeated: what follows can only be known from what followed the first time (Olsson et al. 2022).
+
+    A beginning-of-sequence token, then ``n_tokens`` random tokens ``n_repeats`` times. Scores, mean weights over rows
+    and draws: ``induction``, from a token in a later repeat to those that followed its earlier occurrences;
+    ``duplicate_token``, to these occurrences; ``previous_token``, to the token before.
+
+    Attributes:
+        vocab_size: tokens are drawn below it; None: as many as the tokenizer has.
+        n_tokens: that are repeated.
+        n_repeats: including the first.
+        n_draws: sequences.
+        bos: beginning-of-sequence token; None: the tokenizer's, or a random one.
+        seed: of the draws.
+        name: of its tags.
+        every: sampled steps from one run to the next.
+    """
+
+    vocab_size: int | None = None
+    n_tokens: int = 25
+    n_repeats: int = 4
+    n_draws: int = 4
+    bos: int | None = None
+    seed: int = 0
+    name: str = "repeated"
+    every: int = 1
+
+    def encode(self, tokenizer: Any = None) -> EncodedProbe:
+        size = vocab_size_of(tokenizer) if self.vocab_size is None else self.vocab_size
+        if size is None:
+            raise AttentionMonitorError(
+                f"The probe {self.name!r} draws random tokens and no tokenizer says how many there are: give "
+                "RepeatedTokensProbe(vocab_size=...)."
+            )
+        twos = (size, self.n_tokens, self.n_repeats)
+        if not (all(is_whole(n, 2) for n in twos) and is_whole(self.n_draws, 1) and is_whole(self.seed, 0)):
+            raise AttentionMonitorError(
+                f"The probe {self.name!r} needs vocab_size, n_tokens and n_repeats of 2 or more, n_draws of 1 or more "
+                f"and a seed of 0 or more, got {size}, {self.n_tokens}, {self.n_repeats}, {self.n_draws} and "
+                f"{self.seed}."
+            )
+        bos = getattr(tokenizer, "bos_token_id", None) if self.bos is None else self.bos
+        special = set(getattr(tokenizer, "all_special_ids", None) or ())
+        ordinary = torch.tensor([token for token in range(size) if token not in special])
+        if not len(ordinary) or not (bos is None or is_whole(bos, 0)):
+            raise AttentionMonitorError(
+                f"The probe {self.name!r} needs tokens that are not special and a token to begin with, got "
+                f"{len(ordinary)} of {size} and bos={bos!r}; give vocab_size= and bos=."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = []
+        for _ in range(self.n_draws):
+            first = torch.randint(size, (1,), generator=generator) if bos is None else torch.tensor([bos])
+            if len(ordinary) > 2 * self.n_tokens:  # no token twice in a block: where to look is then one place
+                block = ordinary[torch.randperm(len(ordinary), generator=generator)[: self.n_tokens]]
+            else:
+                block = ordinary[torch.randint(len(ordinary), (self.n_tokens,), generator=generator)]
+            rows.append(torch.cat([first, block.repeat(self.n_repeats)]))
+        tokens = torch.stack(rows)
+        batch = ProbeBatch(tokens, partial(repeat_scores, n_tokens=self.n_tokens, shape=(len(rows), tokens.shape[1])))
+        return EncodedProbe(self.name, [batch], REPEAT_SCORES, every=self.every)
+
+
+def repeat_scores(call: AttentionCall, n_tokens: int, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Mean over rows of the weight on certain earlier tokens (B, H); the first token is no part of the repeats."""
+    if not is_of_tokens(call, shape):
+        return {}
+    pattern = call.pattern()  # (B, H, T, T)
+    T = shape[1]
+
+    def mean_weight(offsets: Sequence[int], first_rows: Sequence[int]) -> Tensor:
+        # entry t of the diagonal stands in row t + offset
+        total = [
+            pattern.diagonal(-offset, -2, -1)[..., row - offset :].sum(-1)
+            for offset, row in zip(offsets, first_rows, strict=True)
+        ]
+        return torch.stack(total).sum(0) / (T - first_rows[0])
+
+    back = range(n_tokens, T - 1, n_tokens)  # to each earlier occurrence; row 1 + n_tokens is the first that has one
+    rows = [1 + offset for offset in back]
+    return {
+        "induction": mean_weight([offset - 1 for offset in back], rows),
+        "duplicate_token": mean_weight(back, rows),
+        "previous_token": mean_weight([1], [1]),
+    }
