@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
 from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
-from attention_monitor.diagnosis import HeadRoles
+from attention_monitor.diagnosis.roles import HeadRoles
 from attention_monitor.naming import head_name, visible
 from attention_monitor.probes.position import MIN_TOKENS
 

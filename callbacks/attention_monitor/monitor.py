@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .diagnosis import HeadRoles
+from .diagnosis.roles import HeadRoles
 from .probes.base import Probe
 from .recorder import AttentionRecorder, check_options
 from .snapshots import Snapshot

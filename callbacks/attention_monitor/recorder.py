@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .capturing.attention_call import AttentionCall
 from .capturing.capture_mode import Capture, captures_paused
-from .diagnosis import Diagnosis, HeadRoles
+from .diagnosis.roles import HeadRoles
+from .diagnosis.runner import Diagnosis
 from .errors import AttentionMonitorError, NoAttentionError, is_whole
 from .naming import final_site, in_order
 from .probes.base import EncodedProbe, Probe, ProbeBatch, ScoreFunction

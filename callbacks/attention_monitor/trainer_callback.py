@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .diagnosis import HeadRoles
+from .diagnosis.roles import HeadRoles
 from .probes.base import Probe
 from .recorder import AttentionRecorder, check_options
 from .snapshots import Snapshot

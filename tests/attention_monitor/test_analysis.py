@@ -20,7 +20,7 @@ from attention_monitor import (
     top_attended,
 )
 from attention_monitor.analysis import HEAD_STATISTICS, KINDS, flow, moved, ranked
-from attention_monitor.diagnosis import HeadRoles
+from attention_monitor.diagnosis.roles import HeadRoles
 
 from .project import Project, Tokenizer, installed
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from attention_monitor import STATISTICS, Snapshot
-from attention_monitor.diagnosis import DETECTORS, Diagnosis, HeadRoles
+from attention_monitor.diagnosis.detector import DETECTORS
+from attention_monitor.diagnosis.roles import HeadRoles
+from attention_monitor.diagnosis.runner import Diagnosis
 from attention_monitor.naming import head_name
 from attention_monitor.snapshots import HeadScore
 

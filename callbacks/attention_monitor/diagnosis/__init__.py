@@ -1,0 +1,1 @@
+"""Snapshots -> what broke, and what heads have become."""
