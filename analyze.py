@@ -17,7 +17,7 @@ from rich.progress import Progress, track
 
 from attention_monitor import AttentionMaps, AttentionMonitorError
 from attention_monitor.analysis import moved, ranked
-from attention_monitor.labels import undrawable
+from attention_monitor.plots.fonts import undrawable
 from attention_monitor.statistics.catalogue import resolve_statistics
 from gpt import InputError
 from inspection.pictures import Picture, animation, difference_pictures, pictures

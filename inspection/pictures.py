@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attention_monitor import AttentionMaps
 from attention_monitor.analysis import flow
-from attention_monitor.plots import (
-    MAX_WRITTEN,
+from attention_monitor.plots.drawing import MAX_WRITTEN
+from attention_monitor.plots.figures import (
     animate_head,
     plot_differences,
     plot_flow,

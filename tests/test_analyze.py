@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import analyze
 from attention_monitor import AttentionMonitorError, capture
-from attention_monitor.labels import undrawable
+from attention_monitor.plots.fonts import undrawable
 from gpt import InputError
 from gpt.checkpoint import load_checkpoint
 from gpt.model import GPT, GPTConfig

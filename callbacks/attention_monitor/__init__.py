@@ -35,14 +35,14 @@ _HOME = {
     "head_kinds": "analysis",
     "ranking": "analysis",
     "top_attended": "analysis",
-    "animate_head": "plots",
-    "plot_difference": "plots",
-    "plot_differences": "plots",
-    "plot_flow": "plots",
-    "plot_head": "plots",
-    "plot_heads": "plots",
-    "plot_layers": "plots",
-    "plot_matrix": "plots",
+    "animate_head": "plots.figures",
+    "plot_difference": "plots.figures",
+    "plot_differences": "plots.figures",
+    "plot_flow": "plots.figures",
+    "plot_head": "plots.figures",
+    "plot_heads": "plots.figures",
+    "plot_layers": "plots.figures",
+    "plot_matrix": "plots.figures",
     "statistic": "statistics.catalogue",
     "summarize": "statistics.totals",
 }
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from .capturing.capture_mode import capture
     from .errors import AttentionMonitorError, NoAttentionError
     from .monitor import AttentionMonitor
-    from .plots import (
+    from .plots.figures import (
         animate_head,
         plot_difference,
         plot_differences,

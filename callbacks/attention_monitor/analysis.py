@@ -1,6 +1,6 @@
 """What a model attends to on one input, for looking into it: maps, what they are like, and how two models differ.
 
-Nothing is computed here that capture, statistics and probes do not have; ``plots.py`` draws what comes out.
+Nothing is computed here that capture, statistics and probes do not have; ``plots`` draws what comes out.
 Shapes: H heads, Q queries, K keys.
 """
 

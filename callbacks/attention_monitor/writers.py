@@ -233,7 +233,7 @@ class Writer:
             self._attempt(sink.flush)
 
     def _draw(self, snapshot: Snapshot, columns: "dict[str, Column]") -> dict[str, np.ndarray]:
-        from .live import HeadMatrix, Mosaic
+        from .plots.repainted import HeadMatrix, Mosaic
 
         images = {}
         if snapshot.patterns:

@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 import pytest
 
-from attention_monitor.labels import readable, short_number
-from attention_monitor.live import HeadMatrix, Mosaic
-from attention_monitor.plots import COLOURS
+from attention_monitor.plots.drawing import COLOURS, short_number
+from attention_monitor.plots.fonts import readable
+from attention_monitor.plots.repainted import HeadMatrix, Mosaic
 
 WHITE = (255, 255, 255)
 
@@ -134,7 +134,7 @@ def test_hostile_tokens_become_harmless_labels():
 
 def test_drawing_does_not_load_pyplot():
     code = (
-        "import sys, numpy as np; from attention_monitor.live import HeadMatrix\n"
+        "import sys, numpy as np; from attention_monitor.plots.repainted import HeadMatrix\n"
         "HeadMatrix([1], ['L00'], 'x').draw([np.ones(1)]); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

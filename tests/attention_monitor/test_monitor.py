@@ -337,12 +337,12 @@ def test_validate_and_test_are_left_alone(tmp_path):
 
 
 def test_a_drawing_error_is_told_and_does_not_stop_training(tmp_path, monkeypatch):
-    from attention_monitor import live
+    from attention_monitor.plots import repainted
 
     def fail(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(live.HeadMatrix, "draw", fail)
+    monkeypatch.setattr(repainted.HeadMatrix, "draw", fail)
     with pytest.warns(UserWarning, match="could not write: RuntimeError: no font"):
         project = fit(tmp_path, AttentionMonitor(every_n_steps=2))
     assert len(project.losses) == 10

@@ -84,7 +84,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
     [
         ("pytorch_lightning", {"monitor.py"}),
         ("lightning_fabric", {"monitor.py"}),
-        ("matplotlib", {"plots.py", "live.py", "labels.py"}),
+        ("matplotlib", {"plots/figures.py", "plots/drawing.py", "plots/repainted.py", "plots/fonts.py"}),
         ("tensorboard", {"writers.py"}),
         ("gpt", set()),
         ("attention_monitor", set()),  # imports inside the package are relative

@@ -18,7 +18,6 @@ from PIL import Image
 from attention_monitor import (
     AttentionMonitorError,
     animate_head,
-    labels,
     plot_difference,
     plot_differences,
     plot_flow,
@@ -26,8 +25,10 @@ from attention_monitor import (
     plot_heads,
     plot_layers,
     plot_matrix,
-    plots,
 )
+from attention_monitor.naming import visible
+from attention_monitor.plots import fonts
+from attention_monitor.plots.drawing import COLOURS
 
 TOKENS = ["The", " cat", " sat", "\n"]
 
@@ -79,7 +80,7 @@ def test_each_cell_has_the_colour_of_its_weight_and_a_number_that_can_be_read():
     drawn = pixels(ax.figure)
     for query, key, weight in [(0, 0, 1), (0, 1, 0), (1, 0, 0.25), (1, 1, 0.75)]:
         x, y = ax.transData.transform((key - 0.35, query - 0.35))  # clear of the number
-        expected = plots.COLOURS(np.sqrt(weight), bytes=True)[:3]
+        expected = COLOURS(np.sqrt(weight), bytes=True)[:3]
         assert np.abs(drawn[len(drawn) - int(y), int(x), :3].astype(int) - expected).max() <= 4
     colours = {text.get_text(): text.get_color() for text in ax.texts}
     assert colours["1.00"] == "black"  # on yellow
@@ -331,11 +332,11 @@ def test_hostile_tokens_and_numbers_are_drawn_without_a_warning():
      ("日" * 7, "日" * 5 + "…"), ("日" * 6, "日" * 6), ("a\u202eb", "a�b"), ("e\u0301", "e\u0301"), ("", "")],
 )  # fmt: skip
 def test_tokens_are_made_visible_in_at_most_twelve_columns(token, label):
-    assert labels.visible(token) == label
+    assert visible(token) == label
 
 
 def test_characters_that_matplotlib_lacks_are_drawn_in_a_font_that_has_them(tmp_path, monkeypatch):
-    assert labels.readable("日") == "▯" or labels.font_families("日") != ["DejaVu Sans"]  # where one is installed
+    assert fonts.readable("日") == "▯" or fonts.font_families("日") != ["DejaVu Sans"]  # where one is installed
     builder = FontBuilder(1000, isTTF=True)
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0)), pen.lineTo((900, 0)), pen.lineTo((900, 900)), pen.closePath()
@@ -348,13 +349,13 @@ def test_characters_that_matplotlib_lacks_are_drawn_in_a_font_that_has_them(tmp_
     builder.setupOS2()
     builder.setupPost()
     builder.save(tmp_path / "hieroglyphs.ttf")
-    assert labels.undrawable(["a\U00013000", "\U00013000"]) == "\U00013000"
-    assert labels.readable("\U00013000") == "▯"
+    assert fonts.undrawable(["a\U00013000", "\U00013000"]) == "\U00013000"
+    assert fonts.readable("\U00013000") == "▯"
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
     font_manager.fontManager.addfont(tmp_path / "hieroglyphs.ttf")
-    labels._font_of.cache_clear()
+    fonts._font_of.cache_clear()
     try:
-        assert labels.undrawable(["a\U00013000"]) == ""
+        assert fonts.undrawable(["a\U00013000"]) == ""
         ax = plot_head(np.ones((1, 1)), ["a\U00013000"])
         assert ticks(ax.xaxis) == ["a\U00013000"]
         assert ax.get_xticklabels()[0].get_fontfamily() == ["DejaVu Sans", "Hieroglyphs"]
@@ -362,7 +363,7 @@ def test_characters_that_matplotlib_lacks_are_drawn_in_a_font_that_has_them(tmp_
             warnings.simplefilter("error")  # matplotlib warns of a glyph that is missing
             pixels(ax.figure)
     finally:
-        labels._font_of.cache_clear()
+        fonts._font_of.cache_clear()
 
 
 def test_drawing_does_not_load_pyplot_nor_torch():

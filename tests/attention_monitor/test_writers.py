@@ -247,16 +247,16 @@ def test_a_picture_is_laid_out_anew_when_the_model_changes_shape():
 
 
 def test_cross_attention_has_no_row_in_the_matrix_of_a_statistic_that_makes_no_sense_for_it(tmp_path, monkeypatch):
-    from attention_monitor import live
+    from attention_monitor.plots import repainted
 
     drawn = []
 
-    class Spy(live.HeadMatrix):
+    class Spy(repainted.HeadMatrix):
         def __init__(self, n_heads, labels, title, value_range):
             drawn.append((title, labels))
             super().__init__(n_heads, labels, title, value_range)
 
-    monkeypatch.setattr(live, "HeadMatrix", Spy)
+    monkeypatch.setattr(repainted, "HeadMatrix", Spy)
     nan = torch.full((2,), torch.nan)
     values = [
         {"entropy": torch.ones(2), "diagonal_mean": torch.ones(2)},

@@ -1,11 +1,11 @@
-"""Texts and numbers as they are written into pictures and tables: short, readable, nothing interpreted."""
+"""Characters that fonts have, and those that none has."""
 
 from collections.abc import Iterable
 from functools import cache
 
 from matplotlib.font_manager import findfont, fontManager, get_font
 
-from .naming import visible
+from ..naming import visible
 
 
 def readable(token: str) -> str:
@@ -44,14 +44,3 @@ def _charmap(path: str) -> frozenset[int]:
         return frozenset(get_font(path).get_charmap())
     except (OSError, RuntimeError):  # gone, or in a format that matplotlib cannot draw
         return frozenset()
-
-
-def short_number(value: float) -> str:
-    """At most six characters."""
-    if 0 < abs(value) < 0.005:
-        return f"{value:.0e}".replace("e-0", "e-")
-    if abs(value) < 10:
-        return f"{value:.2f}"
-    if abs(value) < 10_000:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")

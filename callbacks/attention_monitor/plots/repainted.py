@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from .labels import font_families, readable, short_number
-from .plots import COLOURS
+from .drawing import COLOURS, short_number
+from .fonts import font_families, readable
 
 DPI = 100
 MAX_TOKEN_LABELS = 40  # positions of a map that get a label each
