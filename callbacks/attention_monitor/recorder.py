@@ -27,7 +27,8 @@ from .statistics.maps import MAX_MAP_SIZE, picture
 from .statistics.registry import Statistic
 from .statistics.row_blocks import Workspace
 from .statistics.totals import HeadTotals
-from .writers import Writer, sinks_for
+from .writers.sinks import sinks_for
+from .writers.writer import Writer
 
 
 class AttentionWarning(UserWarning):

@@ -9,15 +9,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from attention_monitor import Snapshot
 from attention_monitor.snapshots import HeadScore
-from attention_monitor.writers import (
-    LoggerSink,
-    TensorBoardSink,
-    Writer,
-    columns_of,
-    custom_scalars_layout,
-    scalar_values,
-    sinks_for,
-)
+from attention_monitor.writers.sinks import LoggerSink, TensorBoardSink, sinks_for
+from attention_monitor.writers.tags import columns_of, custom_scalars_layout, scalar_values
+from attention_monitor.writers.writer import Writer
 
 STATISTICS = ("entropy", "diagonal_mean")
 
