@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from attention_monitor import AttentionMonitor
-from attention_monitor.recorder import Recording
+from attention_monitor.monitoring.measuring import Recording
 from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS, resolve_statistics
 from benchmarks import machine
 from train import make_cli

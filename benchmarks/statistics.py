@@ -63,7 +63,7 @@ def plain(model: nn.Module, tokens: Tensor) -> None:
 
 def captured(model: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:
     """As the monitor does it: each call is summarized and forgotten."""
-    from attention_monitor.recorder import Recording
+    from attention_monitor.monitoring.measuring import Recording
     from attention_monitor.statistics.catalogue import resolve_statistics
 
     with Recording(model, resolve_statistics(THREE)) as recording:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "AttentionCall": "capturing.attention_call",
     "AttentionMaps": "analysis",
-    "AttentionMonitor": "monitor",
+    "AttentionMonitor": "monitoring.lightning_callback",
     "AttentionMonitorError": "errors",
-    "AttentionRecorder": "recorder",
-    "AttentionTrainerCallback": "trainer_callback",
-    "AttentionWarning": "recorder",
+    "AttentionRecorder": "monitoring.recorder",
+    "AttentionTrainerCallback": "monitoring.huggingface_callback",
+    "AttentionWarning": "errors",
     "NoAttentionError": "errors",
     "STATISTICS": "statistics.catalogue",
     "RowBlock": "statistics.row_blocks",
@@ -29,7 +29,7 @@ _HOME = {
     "RelationProbe": "probes.relation",
     "RepeatedTokensProbe": "probes.repeated",
     "TextProbe": "probes.text",
-    "run_probe": "recorder",
+    "run_probe": "monitoring.probing",
     "attention_maps": "analysis",
     "capture": "capturing.capture_mode",
     "head_kinds": "analysis",
@@ -52,8 +52,11 @@ if TYPE_CHECKING:
     from .analysis import AttentionMaps, attention_maps, head_kinds, ranking, top_attended
     from .capturing.attention_call import AttentionCall
     from .capturing.capture_mode import capture
-    from .errors import AttentionMonitorError, NoAttentionError
-    from .monitor import AttentionMonitor
+    from .errors import AttentionMonitorError, AttentionWarning, NoAttentionError
+    from .monitoring.huggingface_callback import AttentionTrainerCallback
+    from .monitoring.lightning_callback import AttentionMonitor
+    from .monitoring.probing import run_probe
+    from .monitoring.recorder import AttentionRecorder
     from .plots.figures import (
         animate_head,
         plot_difference,
@@ -69,12 +72,10 @@ if TYPE_CHECKING:
     from .probes.relation import RelationProbe
     from .probes.repeated import RepeatedTokensProbe
     from .probes.text import LayerProbe, TextProbe
-    from .recorder import AttentionRecorder, AttentionWarning, run_probe
     from .snapshots import Snapshot
     from .statistics.catalogue import STATISTICS, statistic
     from .statistics.row_blocks import RowBlock, Rows
     from .statistics.totals import summarize
-    from .trainer_callback import AttentionTrainerCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -12,3 +12,7 @@ def is_whole(x: object, least: int) -> bool:
 
 class NoAttentionError(AttentionMonitorError):
     """A model ran and no attention call was seen."""
+
+
+class AttentionWarning(UserWarning):
+    """Something is wrong with a head."""

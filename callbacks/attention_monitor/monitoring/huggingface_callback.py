@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .diagnosis.roles import HeadRoles
-from .probes.base import Probe
-from .recorder import AttentionRecorder, check_options
-from .snapshots import Snapshot
-from .statistics.catalogue import DEFAULT_STATISTICS
+from ..diagnosis.roles import HeadRoles
+from ..probes.base import Probe
+from ..snapshots import Snapshot
+from ..statistics.catalogue import DEFAULT_STATISTICS
+from .options import check_options
+from .recorder import AttentionRecorder
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .diagnosis.roles import HeadRoles
-from .probes.base import Probe
-from .recorder import AttentionRecorder, check_options
-from .snapshots import Snapshot
-from .statistics.catalogue import DEFAULT_STATISTICS
+from ..diagnosis.roles import HeadRoles
+from ..probes.base import Probe
+from ..snapshots import Snapshot
+from ..statistics.catalogue import DEFAULT_STATISTICS
+from .options import check_options
+from .recorder import AttentionRecorder
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
