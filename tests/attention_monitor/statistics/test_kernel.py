@@ -1,6 +1,6 @@
 """The GPU kernel against the blocks of rows that a CPU goes through: on a GPU, or by Triton's interpreter.
 
-TRITON_INTERPRET=1 pytest tests/attention_monitor/test_kernel.py
+TRITON_INTERPRET=1 pytest tests/attention_monitor/statistics/test_kernel.py
 """
 
 import math

@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from attention_monitor import AttentionCall, NoAttentionError, capture, summarize
 from attention_monitor.capturing.recognisers.base import RECOGNISERS, Recogniser
 
-from .handwritten import WRITTEN, Bahdanau, C, Einsum, NanoGPT, T
+from ..handwritten import WRITTEN, Bahdanau, C, Einsum, NanoGPT, T
 
 
 @pytest.fixture(autouse=True)

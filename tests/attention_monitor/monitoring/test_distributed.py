@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from attention_monitor import AttentionRecorder
 
-from .project import VOCAB, Project, T
+from ..project import VOCAB, Project, T
 
 NAMES = ["entropy", "max_score", "collapse_fraction", "nonfinite_fraction", "previous_token"]
 BATCH = torch.randint(VOCAB, (4, T), generator=torch.Generator().manual_seed(0))
@@ -138,7 +138,7 @@ if trainer.is_global_zero:
 def test_lightning_on_two_processes_gives_the_numbers_of_one(tmp_path):
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     found = {}
     for n in (1, 2):
         run = subprocess.run(

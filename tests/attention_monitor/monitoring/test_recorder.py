@@ -23,7 +23,7 @@ from attention_monitor import (
 )
 from attention_monitor.statistics import maps
 
-from .project import VOCAB, Project, T, installed, make_trainer
+from ..project import VOCAB, Project, T, installed, make_trainer
 
 
 def train(model, recorder=None, steps=10, watch_backward=False):

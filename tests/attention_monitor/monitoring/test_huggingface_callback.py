@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from attention_monitor import AttentionMonitorError, AttentionTrainerCallback, NoAttentionError
 
-from .project import Tokenizer, installed
+from ..project import Tokenizer, installed
 
 V, T = 97, 9
 

@@ -12,7 +12,7 @@ from attention_monitor.statistics import row_blocks as rows_module
 from attention_monitor.statistics.catalogue import resolve_statistics
 from attention_monitor.statistics.totals import HeadTotals
 
-from .oracle import NAMES, head_statistics
+from ..oracle import NAMES, head_statistics
 
 
 def make_call(q, k, mask=None, is_causal=False, scale=None):

@@ -26,7 +26,7 @@ from attention_monitor import (
 from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS
 from attention_monitor.statistics.totals import HeadTotals
 
-from .project import VOCAB, Project, T, Tokenizer, installed, make_trainer
+from ..project import VOCAB, Project, T, Tokenizer, installed, make_trainer
 
 
 def fit(tmp_path, monitor=None, project=None, ckpt_path=None, **options):

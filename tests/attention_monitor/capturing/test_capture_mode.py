@@ -14,7 +14,7 @@ from attention_monitor import NoAttentionError, capture, summarize
 from attention_monitor.capturing.capture_mode import Capture
 from attention_monitor.naming import layer_labels, stacks
 
-from .project import installed
+from ..project import installed
 
 
 class Attention(nn.Module):
