@@ -17,7 +17,7 @@ from rich.progress import Progress, track
 
 from attention_monitor import AttentionMaps, AttentionMonitorError
 from attention_monitor.analysis import moved, ranked
-from attention_monitor.plots.fonts import undrawable
+from attention_monitor.plots.fonts import missing_glyphs
 from attention_monitor.statistics.catalogue import resolve_statistics
 from gpt import InputError
 from inspection.pictures import Picture, animation, difference_pictures, pictures
@@ -135,7 +135,7 @@ def draw(
     todo = pictures(found, selection, options.statistics, brightest(options), whole, of_layers)
     if comparison is not None:
         todo += difference_pictures(comparison, selection)
-    if missing := undrawable([*(found.maps.tokens or ()), *(found.maps.target_tokens or ())]):
+    if missing := missing_glyphs([*(found.maps.tokens or ()), *(found.maps.target_tokens or ())]):
         say(messages, f"No installed font has {missing[:20]!r}: drawn as ▯ (fonts such as Noto Sans CJK have more).")
     if most > options.max_heads:
         say(messages, f"{options.max_heads} heads of a layer are drawn; --max-heads {most} draws all.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
 from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
 from attention_monitor.diagnosis.roles import HeadRoles
-from attention_monitor.naming import head_name, visible
+from attention_monitor.naming import escaped_token, head_name
 from attention_monitor.probes.position import MIN_TOKENS
 
 from .subjects import Subject
@@ -330,7 +330,7 @@ def _attended_table(found: Findings, layer: int, weights: Tensor, top_k: int) ->
     queries, keys = found.maps.tokens_of(layer)
 
     def label(tokens: Sequence[str] | None, position: int) -> str:
-        return str(position) if tokens is None else visible(tokens[position])
+        return str(position) if tokens is None else escaped_token(tokens[position])
 
     table = Table()
     table.add_column("", justify="right")

@@ -10,15 +10,27 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module path
 
 
 def final_site(site: str, n_calls: Mapping[str, int]) -> str:
-    """The name of a site once all calls are known, for each path how many: a module's only call carries no index."""
+    """Name a site once all calls are known: a module's only call carries no index.
+
+    Args:
+        site: path of a module with the number of its call, such as ``h.0.attn[0]``.
+        n_calls: path of a module -> number of its calls.
+    """
     path = site[: site.rindex("[")]
     return path if n_calls[path] == 1 else site
 
 
 def stacks(sites: Sequence[str], cross: Sequence[bool]) -> list[str]:
-    """Which stack of layers each site belongs to, such as ``encoder.block.*.attn``.
+    """Name the stack of layers that each site belongs to, such as ``encoder.block.*.attn``.
 
     Sites of a stack have paths that differ in numbers only, and are all self-attention or all cross-attention.
+
+    Args:
+        sites: paths of the sites.
+        cross: whether each is cross-attention.
+
+    Returns:
+        stacks: name for each site.
     """
     keys = [(_NUMBER.sub("*", site), is_cross) for site, is_cross in zip(sites, cross, strict=True)]
     names = {}
@@ -33,12 +45,16 @@ def stacks(sites: Sequence[str], cross: Sequence[bool]) -> list[str]:
 
 
 def in_order(sites: Sequence[str], cross: Sequence[bool]) -> tuple[list[int], list[str], list[str]]:
-    """Sites as they are shown: those of a stack together, otherwise in order of execution.
+    """Put sites into the order in which they are shown: those of a stack together, otherwise as they were called.
+
+    Args:
+        sites: paths of the sites, in order of execution.
+        cross: whether each is cross-attention.
 
     Returns:
         order: indices into ``sites``.
-        stacks: of each, in that order.
-        labels: likewise.
+        stacks: stack of each site, in that order.
+        labels: label of each site, in that order.
     """
     found = stacks(sites, cross)
     order = sorted(range(len(sites)), key=lambda i: found.index(found[i]))
@@ -46,38 +62,80 @@ def in_order(sites: Sequence[str], cross: Sequence[bool]) -> tuple[list[int], li
 
 
 def layer_labels(sites: list[str]) -> list[str]:
-    """Short labels for sites: ``L00``, ``L01`` ... for a plain stack of layers, the module path otherwise.
+    """Label sites: ``L00``, ``L01`` ... in a plain stack, where paths differ in one number; elsewhere by their paths.
 
-    A plain stack is sites whose paths differ in one number only.
+    Example:
+        >>> layer_labels(["h.0.attn", "h.1.attn"]), layer_labels(["encoder.attn", "decoder.attn"])
+        (['L00', 'L01'], ['encoder.attn', 'decoder.attn'])
     """
     templates = {_NUMBER.sub("*", site) for site in sites}
     numbers = [_NUMBER.findall(site) for site in sites]
     if len(templates) == 1:
         varying = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
         if len(varying) == 1:
-            return [f"L{int(number):02d}" for number in varying[0]]
+            return [layer_name(int(number)) for number in varying[0]]
         if len(sites) == 1:
-            return [f"L{int(numbers[0][0]):02d}" if len(numbers[0]) == 1 else "L00"]
+            return [layer_name(int(numbers[0][0]) if len(numbers[0]) == 1 else 0)]
     return list(sites)
 
 
-def head_name(label: str, head: int) -> str:
-    """``L03H05`` in a plain stack of layers, ``encoder.attn/H05`` elsewhere."""
+def layer_name(layer: int) -> str:
+    """Name a layer of a plain stack.
+
+    Example:
+        >>> layer_name(3)
+        'L03'
+    """
+    return f"L{layer:02d}"
+
+
+def head_name(layer: int | str, head: int) -> str:
+    """Name a head, the same for people, tags and JSON.
+
+    Args:
+        layer: number of the layer, or its label.
+        head: number of the head in its layer.
+
+    Example:
+        >>> head_name(3, 5), head_name("L03", 5), head_name("encoder.attn", 5)
+        ('L03H05', 'L03H05', 'encoder.attn/H05')
+    """
+    label = layer_name(layer) if isinstance(layer, int) else layer
     separator = "" if label[:1] == "L" and label[1:].isdigit() else "/"
     return f"{label}{separator}H{head:02d}"
 
 
-MAX_LABEL_WIDTH = 12  # characters of a token; those of wide scripts count twice
+def head_heading(head: int) -> str:
+    """Head a column, or a map, among those of one layer: ``H5``."""
+    return f"H{head}"
 
 
-def visible(token: str) -> str:
-    """A token in at most 12 columns: white space and control characters made visible, nothing interpreted."""
+def listed(names: Sequence[str], most: int) -> str:
+    """List the first names, and say how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+MAX_TOKEN_WIDTH = 12  # columns of a token's label; characters of wide scripts take two
+
+
+def escaped_token(token: str) -> str:
+    """Show a token in at most 12 columns: white space and control characters made visible, nothing interpreted.
+
+    Example:
+        >>> escaped_token(" cat"), escaped_token("\\n")
+        ('·cat', '↵')
+    """
     text = token.replace(" ", "·").replace("\n", "↵").replace("\r", "↵").replace("\t", "→")
     text = "".join(c if _is_visible(c) else "�" for c in text)
     ends = list(accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
-    if not text or ends[-1] <= MAX_LABEL_WIDTH:
+    if not text or ends[-1] <= MAX_TOKEN_WIDTH:
         return text
-    return text[: sum(end < MAX_LABEL_WIDTH for end in ends)] + "…"
+    return text[: sum(end < MAX_TOKEN_WIDTH for end in ends)] + "…"
 
 
 def _is_visible(c: str) -> bool:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import AttentionMonitorError
-from .fonts import drawable, font_families, readable
+from .fonts import font_families, short_token, with_known_glyphs
 
 
 def short_number(value: float) -> str:
@@ -179,19 +179,19 @@ def _label_inches(labels: list[str] | None) -> float:
     """Length of the longest label of positions."""
     if labels is None or len(labels) > MAX_LABELS:
         return 0.3
-    return 0.1 + 0.075 * max((len(readable(label)) for label in labels), default=0)
+    return 0.1 + 0.075 * max((len(short_token(label)) for label in labels), default=0)
 
 
 def set_title(ax: Axes, title: str | None) -> None:
     if title:
-        ax.set_title(drawable(title), parse_math=False, fontsize=10, fontfamily=font_families(title))
+        ax.set_title(with_known_glyphs(title), parse_math=False, fontsize=10, fontfamily=font_families(title))
 
 
 def _label(ax: Axes, queries: list[str] | None, keys: list[str] | None, fontsize: float) -> None:
     """Labels of positions; numbers where there are none or too many."""
     for axis, labels, rotation in ((ax.yaxis, queries, 0), (ax.xaxis, keys, 90)):
         if labels is not None and len(labels) <= MAX_LABELS:
-            texts = [readable(label) for label in labels]
+            texts = [short_token(label) for label in labels]
             families = font_families(texts)
             axis.set_ticks(
                 range(len(texts)), texts, fontsize=fontsize, rotation=rotation, parse_math=False, fontfamily=families
@@ -249,7 +249,7 @@ def draw_page(
             _label(ax, *labels[i], fontsize=6.5)
         else:
             ax.set(xticks=[], yticks=[])
-        name = drawable(name)
+        name = with_known_glyphs(name)
         fitting = max(3, int((side + gap[0]) / 0.075))
         name = name if len(name) <= fitting else "…" + name[1 - fitting :]
         ax.set_title(name, parse_math=False, fontsize=8, pad=2, fontfamily=font_families(name))
@@ -260,5 +260,5 @@ def draw_page(
     if title:
         families = font_families(title)
         place = left / width, 1 - 0.22 / height
-        figure.text(*place, drawable(title), fontsize=11, va="center", parse_math=False, fontfamily=families)
+        figure.text(*place, with_known_glyphs(title), fontsize=11, va="center", parse_math=False, fontfamily=families)
     return figure

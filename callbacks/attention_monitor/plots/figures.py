@@ -35,7 +35,7 @@ from .drawing import (
     weight_norm,
     write_cells,
 )
-from .fonts import drawable, font_families
+from .fonts import font_families, with_known_glyphs
 
 
 def plot_head(
@@ -242,7 +242,7 @@ def plot_matrix(
     finite = matrix[np.isfinite(matrix)]
     norm.autoscale_None(finite if len(finite) else np.zeros(1))
     ax.imshow(matrix, cmap=COLOURS, norm=norm, aspect="auto", interpolation="nearest")
-    names = [drawable(name) for name in names]
+    names = [with_known_glyphs(name) for name in names]
     ax.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8, fontfamily=font_families(names))
     if matrix.shape[1] <= 32:
         ax.set_xticks(range(matrix.shape[1]), [f"H{head}" for head in range(matrix.shape[1])], fontsize=8)

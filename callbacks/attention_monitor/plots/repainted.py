@@ -17,7 +17,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from .drawing import COLOURS, short_number
-from .fonts import font_families, readable
+from .fonts import font_families, short_token
 
 DPI = 100
 MAX_TOKEN_LABELS = 40  # positions of a map that get a label each
@@ -107,7 +107,7 @@ class Mosaic(Live):
         left, bottom = (label_width + 70, 80) if labelled else (label_width + 6, 12)
         super().__init__(self.grid, (cell, cell), (left, 70, 40, bottom), title)
         self.norm = PowerNorm(0.5, 0, 1)
-        self._label(labels, n_heads, (Q, K), [readable(token) for token in tokens or ()] if labelled else [])
+        self._label(labels, n_heads, (Q, K), [short_token(token) for token in tokens or ()] if labelled else [])
         bar_height = min(self.grid[0] * cell, 200)
         bar = self.add_axes(left + self.grid[1] * cell + 12, 40, 10, bar_height)
         self.figure.colorbar(ScalarMappable(self.norm, COLOURS), cax=bar).ax.tick_params(labelsize=7)

@@ -26,7 +26,7 @@ from attention_monitor import (
     plot_layers,
     plot_matrix,
 )
-from attention_monitor.naming import visible
+from attention_monitor.naming import escaped_token
 from attention_monitor.plots import fonts
 from attention_monitor.plots.drawing import COLOURS
 
@@ -332,11 +332,11 @@ def test_hostile_tokens_and_numbers_are_drawn_without_a_warning():
      ("日" * 7, "日" * 5 + "…"), ("日" * 6, "日" * 6), ("a\u202eb", "a�b"), ("e\u0301", "e\u0301"), ("", "")],
 )  # fmt: skip
 def test_tokens_are_made_visible_in_at_most_twelve_columns(token, label):
-    assert visible(token) == label
+    assert escaped_token(token) == label
 
 
 def test_characters_that_matplotlib_lacks_are_drawn_in_a_font_that_has_them(tmp_path, monkeypatch):
-    assert fonts.readable("日") == "▯" or fonts.font_families("日") != ["DejaVu Sans"]  # where one is installed
+    assert fonts.short_token("日") == "▯" or fonts.font_families("日") != ["DejaVu Sans"]  # where one is installed
     builder = FontBuilder(1000, isTTF=True)
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0)), pen.lineTo((900, 0)), pen.lineTo((900, 900)), pen.closePath()
@@ -349,13 +349,13 @@ def test_characters_that_matplotlib_lacks_are_drawn_in_a_font_that_has_them(tmp_
     builder.setupOS2()
     builder.setupPost()
     builder.save(tmp_path / "hieroglyphs.ttf")
-    assert fonts.undrawable(["a\U00013000", "\U00013000"]) == "\U00013000"
-    assert fonts.readable("\U00013000") == "▯"
+    assert fonts.missing_glyphs(["a\U00013000", "\U00013000"]) == "\U00013000"
+    assert fonts.short_token("\U00013000") == "▯"
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
     font_manager.fontManager.addfont(tmp_path / "hieroglyphs.ttf")
     fonts._font_of.cache_clear()
     try:
-        assert fonts.undrawable(["a\U00013000"]) == ""
+        assert fonts.missing_glyphs(["a\U00013000"]) == ""
         ax = plot_head(np.ones((1, 1)), ["a\U00013000"])
         assert ticks(ax.xaxis) == ["a\U00013000"]
         assert ax.get_xticklabels()[0].get_fontfamily() == ["DejaVu Sans", "Hieroglyphs"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attention_monitor.plots.drawing import COLOURS, short_number
-from attention_monitor.plots.fonts import readable
+from attention_monitor.plots.fonts import short_token
 from attention_monitor.plots.repainted import HeadMatrix, Mosaic
 
 WHITE = (255, 255, 255)
@@ -124,9 +124,9 @@ def test_numbers_fit_into_a_cell(number, text):
 
 
 def test_hostile_tokens_become_harmless_labels():
-    assert readable("\x1b[31m") == "�[31m"
-    assert readable("$\\frac1$") == "$\\frac1$"  # not taken for a formula
-    assert len(readable("x" * 1000)) == 12
+    assert short_token("\x1b[31m") == "�[31m"
+    assert short_token("$\\frac1$") == "$\\frac1$"  # not taken for a formula
+    assert len(short_token("x" * 1000)) == 12
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Mosaic([(1, 3, 3)], ["L00"], ["$\\frac", "日本\u202e", "🙂"], "$\\bad").draw([np.ones((1, 3, 3))])
