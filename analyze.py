@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from attention_monitor import AttentionMaps, AttentionMonitorError
-from attention_monitor.analysis import moved, ranked
+from attention_monitor.analysis import rank_heads, weight_shift
+from attention_monitor.naming import head_name
 from attention_monitor.plots.fonts import missing_glyphs
 from attention_monitor.statistics.catalogue import resolve_statistics
 from gpt import InputError
 from inspection.pictures import Picture, animation, difference_pictures, pictures
-from inspection.report import Comparison, Findings, Selection, as_json, compare, look, tell, tell_comparison
+from inspection.report import Comparison, ModelReading, Selection, as_json, compare, look, tell, tell_comparison
 from inspection.subjects import Subject, checkpoints_in, load_subject, untrained_subject
 
 MATRICES = ("entropy", "max_weight", "mean_distance")
@@ -123,7 +124,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def draw(
     options: argparse.Namespace,
-    found: Findings,
+    found: ModelReading,
     selection: Selection,
     comparison: Comparison | None,
     messages: Console,
@@ -236,7 +237,7 @@ def animate(options: argparse.Namespace, text: str, messages: Console) -> None:
             continue
         found = subject.read(text, say=lambda note: say(messages, note) if not maps else None)
         try:
-            moved(next(iter(maps.values()), found), found)
+            weight_shift(next(iter(maps.values()), found), found)
         except AttentionMonitorError as error:
             raise InputError(f"{path} is not of the same run as those before it. {error}") from error
         maps[step] = found
@@ -246,7 +247,9 @@ def animate(options: argparse.Namespace, text: str, messages: Console) -> None:
     first, last = maps[steps[0]], maps[steps[-1]]
     chosen = {(layer, head) for layer, heads in select(last, options.layer, options.head) for head in heads}
     # where nothing can be said of a change, as in a text of one token, the first head
-    layer, head, share = next((one for one in ranked(moved(first, last)) if one[:2] in chosen), (*min(chosen), 0.0))
+    layer, head, share = next(
+        (one for one in rank_heads(weight_shift(first, last)) if one[:2] in chosen), (*min(chosen), 0.0)
+    )
     frames = animation([maps[step] for step in steps], steps, layer, head, brightest(options))
     make_folder(options.output_dir)
     path = options.output_dir / f"layer_{layer}_head_{head}.gif"
@@ -254,7 +257,7 @@ def animate(options: argparse.Namespace, text: str, messages: Console) -> None:
         task = progress.add_task("drawing", total=len(steps))
         frames.save(path, writer="pillow", progress_callback=lambda i, n: progress.update(task, completed=i + 1))
     of_steps = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
-    say(messages, f"L{layer}H{head} over {of_steps}, in which {share:.0%} of its weight moved: {path}")
+    say(messages, f"{head_name(layer, head)} over {of_steps}, in which {share:.0%} of its weight moved: {path}")
 
 
 def say(messages: Console, sentence: str) -> None:

@@ -11,7 +11,17 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from attention_monitor import AttentionMonitor, AttentionMonitorError, RelationProbe, capture, run_probe, summarize
+from attention_monitor import (
+    AttentionMonitor,
+    AttentionMonitorError,
+    RelationProbe,
+    capture,
+    ranking,
+    run_probe,
+    summarize,
+)
+from attention_monitor.analysis import rank_heads
+from attention_monitor.naming import head_name
 from gpt import InputError
 from gpt.data import TextDataModule
 from gpt.module import GPTModule
@@ -114,10 +124,9 @@ def relation_table(model: GPTModule, data: TextDataModule) -> Table:
     probe = RelationProbe(annotated_stories(HELD_OUT_STORIES), max_tokens=model.hparams["block_size"])
     snapshot = run_probe(model, probe, data.tokenizer)
     for score in snapshot.scores:
-        accuracy = torch.stack([values[score.name] for values in snapshot.values])  # (layers, H)
-        layer, head = divmod(int(accuracy.argmax()), accuracy.shape[1])
+        layer, head, accuracy = ranking(snapshot, score.name)[0]
         offset = f"{score.baseline:.2f} ({score.offset})"
-        table.add_row(score.name, str(score.n), f"L{layer}H{head}", f"{accuracy.max():.2f}", offset)
+        table.add_row(score.name, str(score.n), head_name(layer, head), f"{accuracy:.2f}", offset)
     return table
 
 
@@ -129,9 +138,8 @@ def head_table(model: GPTModule, data: TextDataModule) -> Table:
     for column in ("looks at", "best head", "weight"):
         table.add_column(column, justify="right" if column == "weight" else "left")
     for name, what in (("previous_token", "previous token"), ("first_token", "first token (sink)")):
-        weights = torch.stack([value[name] for value in values])  # (layers, H)
-        layer, head = divmod(int(weights.argmax()), weights.shape[1])
-        table.add_row(what, f"L{layer}H{head}", f"{weights.max():.2f}")
+        layer, head, weight = rank_heads([value[name] for value in values])[0]
+        table.add_row(what, head_name(layer, head), f"{weight:.2f}")
     return table
 
 

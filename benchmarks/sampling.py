@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from attention_monitor import AttentionMonitor
-from attention_monitor.monitoring.measuring import Recording
+from attention_monitor.monitoring.measuring import Measurement
 from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS, resolve_statistics
 from benchmarks import machine
 from train import make_cli
@@ -26,11 +26,11 @@ BOUNDED = [name for name in DEFAULT_STATISTICS if name not in ("entropy", "max_s
 def take(
     model: torch.nn.Module, tokens: Tensor, max_sequences: int | None = None, max_tokens: int | None = None
 ) -> Tensor:
-    """(statistics, layers, H)."""
+    """Take statistics of a batch, (statistics, layers, H)."""
     statistics = resolve_statistics(BOUNDED)
-    with Recording(model, statistics, max_sequences=max_sequences, max_tokens=max_tokens) as recording:
+    with Measurement(model, statistics, max_sequences=max_sequences, max_tokens=max_tokens) as measurement:
         model(tokens)
-    values = recording.snapshot(0).values
+    values = [site.totals.values() for site in measurement.sites.values()]
     return torch.stack([torch.stack([layer[name] for layer in values]) for name in BOUNDED])
 
 

@@ -62,13 +62,13 @@ def plain(model: nn.Module, tokens: Tensor) -> None:
 
 
 def captured(model: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """As the monitor does it: each call is summarized and forgotten."""
-    from attention_monitor.monitoring.measuring import Recording
+    """Take statistics as the monitor does: each call is summarized and forgotten."""
+    from attention_monitor.monitoring.measuring import Measurement
     from attention_monitor.statistics.catalogue import resolve_statistics
 
-    with Recording(model, resolve_statistics(THREE)) as recording:
+    with Measurement(model, resolve_statistics(THREE)) as measurement:
         model(tokens)
-    return recording.snapshot(0).values
+    return [site.totals.values() for site in measurement.sites.values()]
 
 
 def output_attentions(model: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from attention_monitor import AttentionRecorder, RepeatedTokensProbe, Snapshot
+from attention_monitor.naming import head_name
 from benchmarks import machine
 
 VOCAB, BOS, T = 64, 64, 101
@@ -88,7 +89,7 @@ class Run:
     def best(self, name: str, at: int = -1) -> tuple[float, str]:
         """The largest score of a head at a sample, and the head."""
         return max(
-            (value, f"L{layer}H{head}")
+            (value, head_name(layer, head))
             for layer, heads in enumerate(self.scores[name][at])
             for head, value in enumerate(heads)
         )

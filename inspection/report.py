@@ -6,15 +6,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from attention_monitor import AttentionMaps, AttentionMonitorError, Snapshot
-from attention_monitor.analysis import HEAD_STATISTICS, Ranked, head_kinds, moved, ranked, ranking, top_attended
+from attention_monitor.analysis import (
+    HEAD_STATISTICS,
+    Ranked,
+    head_kinds,
+    rank_heads,
+    ranking,
+    top_attended,
+    weight_shift,
+)
 from attention_monitor.diagnosis.roles import HeadRoles
-from attention_monitor.naming import escaped_token, head_name
+from attention_monitor.naming import escaped_token, head_name, layer_name
 from attention_monitor.probes.position import MIN_TOKENS
 
 from .subjects import Subject
@@ -34,14 +43,14 @@ COLUMNS = {  # of the terminal's table: heading -> statistic
 
 
 @dataclass(frozen=True)
-class Findings:
+class ModelReading:
     """A model that has read a text.
 
     Attributes:
         subject: the model.
         text: that it read.
         maps: what its heads attended to.
-        values: statistics of every head on the text.
+        snapshot: statistics of every head on the text.
         repeats: scores of every head on repeated random tokens; None where there are none.
         notes: sentences for the user.
     """
@@ -49,20 +58,20 @@ class Findings:
     subject: Subject
     text: str
     maps: AttentionMaps
-    values: Snapshot
+    snapshot: Snapshot
     repeats: Snapshot | None
     notes: list[str] = field(default_factory=list)
 
     @cached_property
     def kinds(self) -> list[list[list[str]]]:
         """For each layer and head, what its map is like."""
-        return [head_kinds(values) for values in self.values.values]
+        return [head_kinds(values) for values in self.snapshot.values]
 
     @cached_property
     def roles(self) -> dict[str, list[str]]:
         """Head -> roles."""
         roles = HeadRoles()
-        for snapshot in (self.values, self.repeats):
+        for snapshot in (self.snapshot, self.repeats):
             if snapshot is not None:
                 roles.update(snapshot)
         return {head: list(taken) for head, taken in roles.since().items()}
@@ -77,13 +86,13 @@ class Findings:
     @property
     def not_finite(self) -> list[str]:
         """Heads with NaN or infinity."""
-        heads = ranking(self.values, "nonfinite_fraction")
-        return [name(layer, head) for layer, head, fraction in heads if fraction > 0]
+        heads = ranking(self.snapshot, "nonfinite_fraction")
+        return [head_name(layer, head) for layer, head, fraction in heads if fraction > 0]
 
     @property
     def remarkable(self) -> dict[str, Ranked | None]:
         """The heads at the ends of rankings."""
-        entropy, distance = (ranking(self.values, name) for name in ("normalized_entropy", "mean_distance"))
+        entropy, distance = (ranking(self.snapshot, name) for name in ("normalized_entropy", "mean_distance"))
         return {
             "most focused": entropy[-1] if entropy else None,
             "most diffuse": entropy[0] if entropy else None,
@@ -96,12 +105,7 @@ class Findings:
         return [] if self.repeats is None else ranking(self.repeats, "induction")
 
 
-def name(layer: int, head: int) -> str:
-    """Of a head, for people: layers are numbered as ``--layer`` takes them."""
-    return f"L{layer}H{head}"
-
-
-def look(subject: Subject, text: str, target: str | None, statistics: Sequence[str]) -> Findings:
+def look(subject: Subject, text: str, target: str | None, statistics: Sequence[str]) -> ModelReading:
     """Have a model read a text, and repeated random tokens.
 
     Args:
@@ -122,7 +126,7 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
         notes.append(f"There are no induction scores: {error}")
     if maps.tokens is not None and len(maps.tokens) < MIN_TOKENS:
         notes.append(f"The roles sink and positional take a text of {MIN_TOKENS} tokens or more.")
-    found = Findings(subject, text, maps, values, repeats, notes)
+    found = ModelReading(subject, text, maps, values, repeats, notes)
     if found.not_finite:
         some = ", ".join(found.not_finite[:RANKED])
         notes.append(f"There is NaN or infinity in the attention of {len(found.not_finite)} heads, such as {some}.")
@@ -139,13 +143,13 @@ class Comparison:
         moved: of each layer (H,), how much of a head's weight has moved, 0..1.
     """
 
-    before: Findings
-    after: Findings
-    moved: list[Tensor]
+    before: ModelReading
+    after: ModelReading
+    moved: list[np.ndarray]
 
     @property
     def most_changed(self) -> list[Ranked]:
-        return ranked(self.moved)
+        return rank_heads(self.moved)
 
     def role_changes(self) -> Iterator[tuple[int, int, list[str], list[str]]]:
         """Layers and heads with the roles that these have lost and those that they have taken on."""
@@ -156,16 +160,18 @@ class Comparison:
                 yield layer, head, lost, taken
 
 
-def compare(before: Findings, after: Findings) -> Comparison:
+def compare(before: ModelReading, after: ModelReading) -> Comparison:
     """Raises AttentionMonitorError when they cannot be compared."""
-    return Comparison(before, after, moved(before.maps, after.maps))
+    return Comparison(before, after, weight_shift(before.maps, after.maps))
 
 
 # Which heads of which layers are told and drawn
 Selection = Sequence[tuple[int, Sequence[int]]]
 
 
-def as_json(found: Findings, selection: Selection, top_k: int, comparison: Comparison | None = None) -> dict[str, Any]:
+def as_json(
+    found: ModelReading, selection: Selection, top_k: int, comparison: Comparison | None = None
+) -> dict[str, Any]:
     """Everything, in plain values; NaN is None."""
     maps = found.maps
     document: dict[str, Any] = {
@@ -194,7 +200,7 @@ def as_json(found: Findings, selection: Selection, top_k: int, comparison: Compa
     return document
 
 
-def _layer_as_json(found: Findings, layer: int, heads: Sequence[int], top_k: int) -> dict[str, Any]:
+def _layer_as_json(found: ModelReading, layer: int, heads: Sequence[int], top_k: int) -> dict[str, Any]:
     pattern = found.maps.pattern(layer)  # (H, Q, K)
     _, keys = found.maps.tokens_of(layer)
 
@@ -211,7 +217,7 @@ def _layer_as_json(found: Findings, layer: int, heads: Sequence[int], top_k: int
             "name": found.tag(layer, head),
             "kinds": found.kinds[layer][head],
             "roles": found.roles_of(layer, head),
-            "statistics": {name: _finite(values[head]) for name, values in found.values.values[layer].items()},
+            "statistics": {name: _finite(values[head]) for name, values in found.snapshot.values[layer].items()},
             "repeated_tokens": {name: _finite(values[head]) for name, values in repeats.items()},
             "attended": attended(pattern[head]),
         }
@@ -225,21 +231,21 @@ def _layer_as_json(found: Findings, layer: int, heads: Sequence[int], top_k: int
     }
 
 
-def _ranked_as_json(found: Findings, one: Ranked) -> dict[str, Any]:
+def _ranked_as_json(found: ModelReading, one: Ranked) -> dict[str, Any]:
     layer, head, value = one
     return {"layer": layer, "head": head, "name": found.tag(layer, head), "value": value}
 
 
-def _finite(value: Tensor) -> float | None:
+def _finite(value: Any) -> float | None:
     return None if math.isnan(float(value)) or math.isinf(float(value)) else float(value)
 
 
-def _entropy(found: Findings, one: Ranked) -> float | None:
+def _entropy(found: ModelReading, one: Ranked) -> float | None:
     layer, head, _ = one
-    return _finite(found.values.values[layer]["entropy"][head])
+    return _finite(found.snapshot.values[layer]["entropy"][head])
 
 
-def tell(console: Console, found: Findings, selection: Selection, top_k: int, of_heads: bool) -> None:
+def tell(console: Console, found: ModelReading, selection: Selection, top_k: int, of_heads: bool) -> None:
     """Print what has been found.
 
     Args:
@@ -254,7 +260,7 @@ def tell(console: Console, found: Findings, selection: Selection, top_k: int, of
         console.print(Text(note, style="italic"))
     for stack in dict.fromkeys(maps.stacks if len(set(maps.stacks)) > 1 else ()):
         layers = [layer for layer, of in enumerate(maps.stacks) if of == stack]
-        console.print(Text(f"L{layers[0]} to L{layers[-1]}: {stack}"))
+        console.print(Text(f"{layer_name(layers[0])} to {layer_name(layers[-1])}: {stack}"))
     console.print(_head_table(console, found, selection))
     for what, one in found.remarkable.items():
         if one is not None:
@@ -262,16 +268,16 @@ def tell(console: Console, found: Findings, selection: Selection, top_k: int, of
                 "tokens back or ahead on average" if what == "longest range" else "of the entropy of uniform attention"
             )
             value = f"{one[2]:.1f} {unit}" if what == "longest range" else f"{one[2]:.0%} {unit}"
-            console.print(Text(f"{what.capitalize()} head: {name(*one[:2])} ({value})"))
+            console.print(Text(f"{what.capitalize()} head: {head_name(*one[:2])} ({value})"))
     if found.induction:
-        best = ", ".join(f"{name(*one[:2])} {one[2]:.2f}" for one in found.induction[:RANKED])
+        best = ", ".join(f"{head_name(*one[:2])} {one[2]:.2f}" for one in found.induction[:RANKED])
         console.print(Text(f"Induction score on repeated random tokens, from the highest: {best}"))
     for layer, chosen in selection if of_heads else selection[-1:]:
         pattern = maps.pattern(layer)
         for title, weights in (
-            [(name(layer, head), pattern[head]) for head in chosen]
+            [(head_name(layer, head), pattern[head]) for head in chosen]
             if of_heads
-            else [(f"L{layer}, mean over its heads", pattern.mean(0))]
+            else [(f"{layer_name(layer)}, mean over its heads", pattern.mean(0))]
         ):
             console.print(Text(f"Most attended by each token: {title}"))
             console.print(_attended_table(found, layer, weights, top_k))
@@ -286,23 +292,23 @@ def tell_comparison(console: Console, comparison: Comparison) -> None:
         table.add_column(column, justify="left" if column == "head" else "right")
     for one in comparison.most_changed[: 2 * RANKED]:
         entropies = [_number(_entropy(x, one)) for x in (before, after)]
-        table.add_row(name(*one[:2]), f"{one[2]:.2f}", *entropies)
+        table.add_row(head_name(*one[:2]), f"{one[2]:.2f}", *entropies)
     console.print(table)
     changes = list(comparison.role_changes())
     for layer, head, lost, taken in changes:
         words = [*(f"no longer {role}" for role in lost), *(f"now {role}" for role in taken)]
-        console.print(Text(f"{name(layer, head)}: {', '.join(words)}"))
+        console.print(Text(f"{head_name(layer, head)}: {', '.join(words)}"))
     if not changes:
         console.print("No head has taken on a role, or lost one.")
 
 
-def _head_table(console: Console, found: Findings, selection: Selection) -> Table:
+def _head_table(console: Console, found: ModelReading, selection: Selection) -> Table:
     """As many columns as there is room for."""
     heads = [(layer, head) for layer, chosen in selection for head in chosen]
     title = "Heads"
     if len(heads) > LISTED:
         wanted = set(heads)
-        focused = [one[:2] for one in reversed(ranking(found.values, "normalized_entropy")) if one[:2] in wanted]
+        focused = [one[:2] for one in reversed(ranking(found.snapshot, "normalized_entropy")) if one[:2] in wanted]
         title = f"The {LISTED} most focused of {len(heads)} heads (all: --json)"
         heads = sorted((focused or heads)[:LISTED])
     columns = dict(COLUMNS)
@@ -314,11 +320,11 @@ def _head_table(console: Console, found: Findings, selection: Selection) -> Tabl
         table.add_column("looks", min_width=WORDS)
         table.add_column("roles", min_width=WORDS)
         for layer, head in heads:
-            values = found.values.values[layer]
+            values = found.snapshot.values[layer]
             induction = None if found.repeats is None else _finite(found.repeats.values[layer]["induction"][head])
             numbers = [_number(_finite(values[statistic][head])) for statistic in columns.values()]
             kinds, roles = ", ".join(found.kinds[layer][head]), ", ".join(found.roles_of(layer, head))
-            table.add_row(name(layer, head), *numbers, _number(induction), kinds, roles)
+            table.add_row(head_name(layer, head), *numbers, _number(induction), kinds, roles)
         needed = len("L00H00") + len("induction") + sum(map(len, columns)) + 2 * WORDS
         if needed + 3 * len(table.columns) + 1 <= console.width:
             break
@@ -326,7 +332,7 @@ def _head_table(console: Console, found: Findings, selection: Selection) -> Tabl
     return table
 
 
-def _attended_table(found: Findings, layer: int, weights: Tensor, top_k: int) -> Table:
+def _attended_table(found: ModelReading, layer: int, weights: Tensor, top_k: int) -> Table:
     queries, keys = found.maps.tokens_of(layer)
 
     def label(tokens: Sequence[str] | None, position: int) -> str:

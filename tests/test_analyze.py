@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import analyze
 from attention_monitor import AttentionMonitorError, capture
-from attention_monitor.plots.fonts import undrawable
+from attention_monitor.plots.fonts import missing_glyphs
 from gpt import InputError
 from gpt.checkpoint import load_checkpoint
 from gpt.model import GPT, GPTConfig
@@ -292,7 +292,7 @@ def test_models_of_other_shapes_are_not_compared(checkpoint, tmp_path, capsys):
 def test_roles_that_were_lost_and_taken_on_are_told(tmp_path, capsys, monkeypatch):
     before, after = (write_checkpoint(tmp_path / f"{seed}.ckpt", step=seed, seed=seed) for seed in (1, 2))
     roles = [{"L00H01": ["sink"], "L01H00": ["induction"]}, {"L00H01": ["positional"], "L01H00": ["induction"]}]
-    monkeypatch.setattr(report.Findings, "roles", property(lambda found: roles[found.subject.step - 1]))
+    monkeypatch.setattr(report.ModelReading, "roles", property(lambda found: roles[found.subject.step - 1]))
     printed = run(capsys, "--checkpoint", before, "--compare", after, "--text", TEXT, "--output-dir", tmp_path / "out")
     assert "L0H1: no longer sink, now positional" in printed.out
     assert "L1H0:" not in printed.out
@@ -383,7 +383,7 @@ def test_strange_texts_are_shown_as_they_are_and_nothing_is_interpreted(checkpoi
     assert "\x1b" not in printed.out + printed.err
     assert "\u202e" not in printed.out + printed.err
     assert "🙂" in printed.out
-    assert ("No installed font has" in printed.err) == bool(undrawable(text))  # with or without a font of emoji
+    assert ("No installed font has" in printed.err) == bool(missing_glyphs(text))  # with or without a font of emoji
     assert as_json(capsys, "--checkpoint", checkpoint, "--text", text)["text"] == text
 
 
@@ -553,7 +553,7 @@ def test_names_and_numbers_are_never_cut(checkpoint, width):
     for layer in range(2):
         for head in range(3):
             assert f"L{layer}H{head}" in table
-            assert f"{found.values.values[layer]['entropy'][head]:.2f}" in table
+            assert f"{found.snapshot.values[layer]['entropy'][head]:.2f}" in table
     assert ("distance" in table) == (width == 160)
     assert max(map(len, table.splitlines()[1:])) <= width
 

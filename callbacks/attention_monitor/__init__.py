@@ -4,37 +4,28 @@
     Trainer(callbacks=[AttentionMonitor(every_n_steps=100)])
 
 Names are imported when they are first used: ``import attention_monitor`` loads neither torch nor Lightning. No module
-of the package may have the name of one of them: importing it would put the module in the name's place.
+or folder of the package may have the name of one of them: importing it would put the module in the name's place.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "AttentionCall": "capturing.attention_call",
-    "AttentionMaps": "analysis",
+    # a training run
     "AttentionMonitor": "monitoring.lightning_callback",
-    "AttentionMonitorError": "errors",
-    "AttentionRecorder": "monitoring.recorder",
     "AttentionTrainerCallback": "monitoring.huggingface_callback",
-    "AttentionWarning": "errors",
-    "NoAttentionError": "errors",
-    "STATISTICS": "statistics.catalogue",
-    "RowBlock": "statistics.row_blocks",
-    "Rows": "statistics.row_blocks",
-    "Snapshot": "snapshots",
-    "BatchProbe": "probes.batch",
-    "Probe": "probes.base",
-    "LayerProbe": "probes.text",
-    "RelationProbe": "probes.relation",
-    "RepeatedTokensProbe": "probes.repeated",
-    "TextProbe": "probes.text",
-    "run_probe": "monitoring.probing",
-    "attention_maps": "analysis",
+    "AttentionRecorder": "monitoring.recorder",
+    "Options": "monitoring.options",
+    # a model, once
     "capture": "capturing.capture_mode",
+    "summarize": "statistics.totals",
+    "run_probe": "monitoring.probing",
+    "AttentionMaps": "analysis",
+    "attention_maps": "analysis",
     "head_kinds": "analysis",
     "ranking": "analysis",
     "top_attended": "analysis",
+    # pictures
     "animate_head": "plots.figures",
     "plot_difference": "plots.figures",
     "plot_differences": "plots.figures",
@@ -43,8 +34,27 @@ _HOME = {
     "plot_heads": "plots.figures",
     "plot_layers": "plots.figures",
     "plot_matrix": "plots.figures",
+    # what is seen
+    "AttentionCall": "capturing.attention_call",
+    "RowBlock": "statistics.row_blocks",
+    "Rows": "statistics.row_blocks",
+    "Snapshot": "snapshots",
+    "Finding": "diagnosis.finding",
+    # what can be added
+    "Recogniser": "capturing.recognisers.base",
+    "STATISTICS": "statistics.catalogue",
     "statistic": "statistics.catalogue",
-    "summarize": "statistics.totals",
+    "Detector": "diagnosis.detector",
+    "Probe": "probes.base",
+    "BatchProbe": "probes.batch",
+    "LayerProbe": "probes.text",
+    "RelationProbe": "probes.relation",
+    "RepeatedTokensProbe": "probes.repeated",
+    "TextProbe": "probes.text",
+    # what goes wrong
+    "AttentionMonitorError": "errors",
+    "AttentionWarning": "errors",
+    "NoAttentionError": "errors",
 }
 __all__ = list(_HOME)
 
@@ -52,9 +62,13 @@ if TYPE_CHECKING:
     from .analysis import AttentionMaps, attention_maps, head_kinds, ranking, top_attended
     from .capturing.attention_call import AttentionCall
     from .capturing.capture_mode import capture
+    from .capturing.recognisers.base import Recogniser
+    from .diagnosis.detector import Detector
+    from .diagnosis.finding import Finding
     from .errors import AttentionMonitorError, AttentionWarning, NoAttentionError
     from .monitoring.huggingface_callback import AttentionTrainerCallback
     from .monitoring.lightning_callback import AttentionMonitor
+    from .monitoring.options import Options
     from .monitoring.probing import run_probe
     from .monitoring.recorder import AttentionRecorder
     from .plots.figures import (

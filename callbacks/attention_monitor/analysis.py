@@ -1,27 +1,30 @@
-"""What a model attends to on one input, for looking into it: maps, what they are like, and how two models differ.
+"""What a model attends to on one input, for looking into it: maps, what heads are like, and how two models differ.
 
-Nothing is computed here that capture, statistics and probes do not have; ``plots`` draws what comes out.
-Shapes: H heads, Q queries, K keys.
+``plots`` draws what comes out. Shapes: H heads, Q queries, K keys.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .capturing.attention_call import AttentionCall
-from .capturing.capture_mode import capture, captures_paused
+from .capturing.capture_mode import capture
 from .errors import AttentionMonitorError
 from .naming import in_order
 from .probes.base import Probe
 from .probes.position import POSITION_SCORES, position_scores
 from .probes.text import TextProbe
 from .snapshots import Snapshot
+from .statistics.catalogue import resolve_statistics
 from .statistics.row_blocks import RowBlock
-from .statistics.totals import summarize
+from .statistics.sites import SiteMeasurement, build_snapshot, column_of
+from .statistics.totals import HeadTotals
+from .traits import DIAGONAL, PREVIOUS_TOKEN, SINK, SPARSE, UNIFORM
 
 # a head's layer, number, and value
 Ranked = tuple[int, int, float]
@@ -100,31 +103,21 @@ class AttentionMaps:
         )
 
     def snapshot(self, statistics: Sequence[str] = HEAD_STATISTICS, step: int = 0) -> Snapshot:
-        """Statistics of every head, and the scores that roles follow from: ``sink``, ``positional``.
+        """Take statistics of every head, and the scores that roles follow from: ``sink``, ``positional``.
 
         Args:
-            statistics: names; by default those that kinds and flow follow from.
-            step: of training.
+            statistics: names of statistics; by default those that kinds and flow follow from.
+            step: step of training.
         """
-        values = []
-        for call in self.calls:
-            found = position_scores(call) if call.has_positions else {}
-            unknown = torch.full((call.shape[1],), math.nan)
-            scores = {
-                score.name: found[score.name].mean(0).float().cpu() if score.name in found else unknown
-                for score in POSITION_SCORES
-            }
-            values.append(summarize(call, statistics) | scores)
-        return Snapshot(
-            step=step,
-            source="text",
-            labels=list(self.labels),
-            sites=[call.site for call in self.calls],
-            values=values,
-            stacks=list(self.stacks),
-            is_cross=[not call.is_self_attention for call in self.calls],
-            scores=POSITION_SCORES,
-        )
+        resolved = resolve_statistics(statistics)
+        sites = {}
+        with torch.no_grad():
+            for call in self.calls:
+                site = SiteMeasurement(HeadTotals(resolved), not call.is_self_attention, call.shape[1])
+                site.add(call, position_scores)
+                sites[call.site] = site
+        columns = [*map(column_of, resolved), *POSITION_SCORES]
+        return build_snapshot(step, "text", sites, columns, self.tokens)
 
     def _call(self, layer: int) -> AttentionCall:
         if not 0 <= layer < len(self.calls):
@@ -154,8 +147,7 @@ def attention_maps(
     """
     probe = TextProbe(text) if isinstance(text, str) else text
     encoded = probe.encode(tokenizer)
-    with captures_paused(), capture(model, sites) as calls:
-        encoded.run(model)
+    calls = encoded.run(model, capture(model, sites))
     order, stacks, labels = in_order([call.site for call in calls], [not call.is_self_attention for call in calls])
     return AttentionMaps([calls[i].first(1) for i in order], labels, stacks, encoded.labels)
 
@@ -172,40 +164,21 @@ def top_attended(pattern: Tensor, k: int) -> list[list[tuple[int, float]]]:
     return [[(key, weight) for key, weight in zip(*row, strict=True) if weight > 0] for row in rows]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a map may look like.
-
-    Attributes:
-        name: of the kind.
-        rule: in words, with its thresholds.
-        holds: statistic -> (H,) to (H,) bool.
-    """
-
-    name: str
-    rule: str
-    holds: Callable[[dict[str, Tensor]], Tensor]
+# What a map may look like: most of the weight at one kind of place, or spread evenly, or on few keys.
+KINDS = (DIAGONAL, PREVIOUS_TOKEN, SINK, UNIFORM, SPARSE)
 
 
-# Most of the weight at one kind of place; or spread evenly; or on few keys, wherever they are.
-KINDS = (
-    Kind("diagonal", "diagonal_mean > 0.5", lambda v: v["diagonal_mean"] > 0.5),
-    Kind("previous token", "previous_token > 0.5", lambda v: v["previous_token"] > 0.5),
-    Kind("first token", "first_token > 0.5", lambda v: v["first_token"] > 0.5),
-    Kind(
-        "uniform",
-        "normalized_entropy > 0.9 and weight_std < 0.1",
-        lambda v: (v["normalized_entropy"] > 0.9) & (v["weight_std"] < 0.1),
-    ),
-    Kind("sparse", "max_weight > 0.5 and sparsity > 0.5", lambda v: (v["max_weight"] > 0.5) & (v["sparsity"] > 0.5)),
-)
-
-
-def head_kinds(values: dict[str, Tensor]) -> list[list[str]]:
-    """For each head of a layer the names of the ``KINDS`` that it is of, none or several.
+def head_kinds(values: Mapping[str, Any]) -> list[list[str]]:
+    """Name the ``KINDS`` that each head of a layer is of, none or several.
 
     Args:
         values: statistic -> (H,), of ``HEAD_STATISTICS``, as ``maps.snapshot().values`` has them.
+
+    Example:
+        >>> import numpy as np
+        >>> even = {name: np.array([0.1]) for name in HEAD_STATISTICS} | {"normalized_entropy": np.array([0.99])}
+        >>> head_kinds(even | {"weight_std": np.array([0.01])})
+        [['uniform']]
 
     Raises:
         AttentionMonitorError: when one is missing.
@@ -219,18 +192,18 @@ def head_kinds(values: dict[str, Tensor]) -> list[list[str]]:
 
 
 def ranking(snapshot: Snapshot, name: str) -> list[Ranked]:
-    """(layer, head, value) of every head, from the largest value of a statistic or score; without NaN."""
-    return ranked([values[name] for values in snapshot.values])
+    """Put heads in order, from the largest value of a statistic or score: (layer, head, value), without NaN."""
+    return rank_heads([values[name] for values in snapshot.values])
 
 
-def ranked(values: Sequence[Tensor]) -> list[Ranked]:
-    """Likewise of values (H,) of each layer."""
+def rank_heads(values: Sequence[Any]) -> list[Ranked]:
+    """Put heads in order, from the largest of the values (H,) of each layer: (layer, head, value), without NaN."""
     heads = [(layer, head, value) for layer, row in enumerate(values) for head, value in enumerate(row.tolist())]
     return sorted((one for one in heads if not math.isnan(one[2])), key=lambda one: -one[2])
 
 
-def flow(snapshot: Snapshot) -> dict[str, list[Tensor]]:
-    """Where attention goes in each layer, as shares (H,): to the token itself, to earlier and to later ones.
+def attention_flow(snapshot: Snapshot) -> dict[str, list[np.ndarray]]:
+    """Return where attention goes in each layer, as shares (H,): to the token itself, to earlier and to later ones.
 
     Needs ``diagonal_mean``, ``past_mass`` and ``future_mass``; for ``plot_flow``. Later tokens are left out where
     nothing looks at them.
@@ -242,8 +215,8 @@ def flow(snapshot: Snapshot) -> dict[str, list[Tensor]]:
     return shares
 
 
-def moved(before: AttentionMaps, after: AttentionMaps) -> list[Tensor]:
-    """How much of each head's weight is elsewhere, (H,) for each layer, 0..1.
+def weight_shift(before: AttentionMaps, after: AttentionMaps) -> list[np.ndarray]:
+    """Measure how much of each head's weight is elsewhere, (H,) for each layer, 0..1.
 
     Total variation distance, half the sum over keys of |difference|, mean over rows that see two keys or more.
 
@@ -267,7 +240,7 @@ def moved(before: AttentionMaps, after: AttentionMaps) -> list[Tensor]:
         distance = (one.weights - other.weights).abs().sum(-1) / 2  # (1, H, Q)
         counted = one.informative.expand(distance.shape)
         share = distance.masked_fill(~counted, 0).sum((0, 2)) / counted.sum((0, 2))
-        changes.append(share.float().cpu())
+        changes.append(share.float().cpu().numpy())
     return changes
 
 

@@ -1,72 +1,168 @@
-"""What was seen at one step: the numbers and patterns of every head, and what they are."""
+"""What was seen at one step, in numpy: a record for each site, and what each column of its numbers is.
+
+Everything before a Snapshot is torch; everything after it reads a Snapshot and needs neither torch nor a registry.
+Shapes: H heads, Q queries, K keys, T tokens.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from .traits import Trait
 
 
 @dataclass(frozen=True)
-class HeadScore:
-    """Something that a probe scores heads by, from 0 to 1.
+class Column:
+    """What one column of numbers is.
 
     Attributes:
-        name: of the score; with hyphens, of the role of a head that reaches the threshold.
-        threshold: from which a head has that role.
-        n: what it is a share or mean of: pairs, rows; None: that depends on the input.
-        baseline: of a relation, the share of pairs that the best fixed offset gets right (Clark et al. 2019).
-        offset: that offset, key position - query position.
-        is_written: to loggers; otherwise it is there for the role alone.
+        name: name of the column in the values of a record.
+        unit: unit of the numbers.
+        range: bounds of the numbers, ``low..high``.
+        kind: ``statistic`` of patterns, or ``score`` of a probe.
+        self_attention_only: whether cross-attention has no numbers.
+        is_written: whether loggers get the column; otherwise it is there for detectors or roles alone.
     """
 
     name: str
-    threshold: float
+    unit: str = "1"
+    range: str = "0..1"
+    kind: Literal["statistic", "score"] = "statistic"
+    self_attention_only: bool = False
+    is_written: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadScore(Column):
+    """A column by which a probe scores heads.
+
+    Attributes:
+        threshold: number from which a head has the role ``role``; infinite where there is no such role.
+        n: number of pairs or rows that the score is a share or mean of; None where that depends on the input.
+        baseline: of a relation, share of pairs that the best fixed offset gets right (Clark et al. 2019).
+        offset: that offset, key position - query position.
+    """
+
+    kind: Literal["statistic", "score"] = "score"
+    self_attention_only: bool = True
+    threshold: float = math.inf
     n: int | None = None
     baseline: float | None = None
     offset: int | None = None
-    is_written: bool = True
 
     @property
     def role(self) -> str:
+        """Word for a head that reaches the threshold."""
         return self.name.replace("_", "-")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class SiteRecord:
+    """What was seen of one attention call of the model.
+
+    Attributes:
+        label: short name of the layer, ``L00`` or a module path.
+        path: path of the module, with ``[i]`` where it makes several calls in one forward.
+        stack: stack of layers that the site belongs to, such as ``decoder.layers.*.self_attn``.
+        is_cross: whether it is cross-attention, for which some columns are NaN.
+        values: column -> (H,) float32.
+        pattern: (H, Q, K) of one sequence, possibly pooled; None where it was not asked for.
+        layer_values: numbers of the layer as a whole, from a ``LayerProbe``.
+        rollout: (T, T), attention rollout up to this layer, from a ``LayerProbe``; None elsewhere.
+    """
+
+    label: str
+    path: str
+    stack: str = ""
+    is_cross: bool = False
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    pattern: np.ndarray | None = None
+    layer_values: Mapping[str, float] = field(default_factory=dict)
+    rollout: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """What was seen at one step from one source.
 
     Attributes:
-        step: optimizer steps done before it.
-        source: ``live`` or the probe's name.
-        labels: one for each site, in order of execution: ``L00`` or a module path.
-        sites: module paths; those of a stack stand together.
-        values: for each site, statistic -> (H,).
-        patterns: for each site (H, Q, K) of one sequence, possibly pooled; empty if none was asked for.
-        tokens: labels of the positions, where known and not pooled.
-        stacks: for each site the stack of layers it belongs to, such as ``decoder.layers.*.self_attn``.
-        is_cross: for each site whether it is cross-attention, for which some statistics are NaN.
-        scores: of a probe, what else there is in ``values``.
-        layers: of a ``LayerProbe``, name -> a number for each site's layer.
-        rollout: of a ``LayerProbe``, label -> (T, T), attention rollout up to that layer.
+        step: number of optimizer steps done before it.
+        source: ``live``, or the name of a probe.
+        records: one record for each site; those of a stack stand together, otherwise in order of execution.
+        columns: name -> what the column is, for every name in the records' values.
+        tokens: labels of the positions, where they are known and maps are not pooled.
     """
 
     step: int
     source: str
-    labels: list[str]
-    sites: list[str]
-    values: list[dict[str, Tensor]]
-    patterns: list[Tensor] = field(default_factory=list)
-    tokens: list[str] | None = None
-    stacks: list[str] = field(default_factory=list)
-    is_cross: list[bool] = field(default_factory=list)
-    scores: Sequence[HeadScore] = ()
-    layers: dict[str, list[float]] = field(default_factory=dict)
-    rollout: dict[str, Tensor] = field(default_factory=dict)
+    records: Sequence[SiteRecord]
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    tokens: Sequence[str] | None = None
 
-    def mean(self, statistic: str, stack: str | None = None) -> float:
-        """Mean over all heads, or those of a stack, that have a value; NaN if none has."""
-        stacks: Sequence[str | None] = self.stacks or [None] * len(self.values)
-        heads = [v[statistic] for v, of in zip(self.values, stacks, strict=True) if stack in (None, of)]
-        return float(torch.cat(heads).nanmean()) if heads else math.nan
+    def heads(self, column: str) -> Iterator[tuple[SiteRecord, int, float]]:
+        """Go through all heads: the record of the site, the number of the head there, its value."""
+        for record in self.records:
+            for head, value in enumerate(record.values[column].tolist()):
+                yield record, head, value
+
+    def where(self, trait: Trait) -> Iterator[tuple[SiteRecord, int]]:
+        """Go through the heads that have a trait: the record of the site, the number of the head there."""
+        for record in self.records:
+            for head in np.flatnonzero(trait.holds(record.values)).tolist():
+                yield record, head
+
+    def mean(self, column: str, stack: str | None = None) -> float:
+        """Average over all heads that have a value, or those of one stack; NaN where none has."""
+        heads = [record.values[column] for record in self.records if stack in (None, record.stack)]
+        values = np.concatenate(heads) if heads else np.empty(0)
+        known = values[~np.isnan(values)]
+        return float(known.mean(dtype=np.float64)) if len(known) else math.nan
+
+    @property
+    def labels(self) -> list[str]:
+        """Label of each record."""
+        return [record.label for record in self.records]
+
+    @property
+    def sites(self) -> list[str]:
+        """Module path of each record."""
+        return [record.path for record in self.records]
+
+    @property
+    def stacks(self) -> list[str]:
+        """Stack of each record."""
+        return [record.stack for record in self.records]
+
+    @property
+    def is_cross(self) -> list[bool]:
+        """Whether each record is of cross-attention."""
+        return [record.is_cross for record in self.records]
+
+    @property
+    def values(self) -> list[Mapping[str, np.ndarray]]:
+        """Values of each record, column -> (H,)."""
+        return [record.values for record in self.records]
+
+    @property
+    def patterns(self) -> list[np.ndarray]:
+        """Pattern of each record that has one, (H, Q, K)."""
+        return [record.pattern for record in self.records if record.pattern is not None]
+
+    @property
+    def scores(self) -> list[HeadScore]:
+        """Columns by which a probe scores heads."""
+        return [column for column in self.columns.values() if isinstance(column, HeadScore)]
+
+    @property
+    def layers(self) -> dict[str, list[float]]:
+        """Numbers of layers as a whole: name -> one for each record."""
+        names = dict.fromkeys(name for record in self.records for name in record.layer_values)
+        return {name: [record.layer_values[name] for record in self.records] for name in names}
+
+    @property
+    def rollout(self) -> dict[str, np.ndarray]:
+        """Attention rollout, (T, T), by the label of the layer up to which it goes."""
+        return {record.label: record.rollout for record in self.records if record.rollout is not None}

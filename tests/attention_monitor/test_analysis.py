@@ -19,7 +19,7 @@ from attention_monitor import (
     ranking,
     top_attended,
 )
-from attention_monitor.analysis import HEAD_STATISTICS, KINDS, flow, moved, ranked
+from attention_monitor.analysis import HEAD_STATISTICS, KINDS, attention_flow, rank_heads, weight_shift
 from attention_monitor.diagnosis.roles import HeadRoles
 
 from .project import Project, Tokenizer, installed
@@ -150,7 +150,7 @@ def test_kinds_of_heads_that_were_made_to_be_of_them():
     maps = made_of(shifted(0), shifted(1), first, UNIFORM, shifted(3), halves)
     values = maps.snapshot(HEAD_STATISTICS).values[0]
     assert head_kinds(values) == [
-        ["diagonal", "sparse"], ["previous token", "sparse"], ["first token", "sparse"], ["uniform"], ["sparse"], [],
+        ["diagonal", "sparse"], ["previous-token", "sparse"], ["sink", "sparse"], ["uniform"], ["sparse"], [],
     ]  # fmt: skip
     assert all(kind.rule for kind in KINDS)
     with pytest.raises(AttentionMonitorError, match=r"head_kinds needs max_entropy, normalized_entropy.* too"):
@@ -158,7 +158,7 @@ def test_kinds_of_heads_that_were_made_to_be_of_them():
 
 
 def test_ranking_goes_down_and_leaves_nan_out():
-    assert ranked([torch.tensor([0.5, math.nan]), torch.tensor([0.75])]) == [(1, 0, 0.75), (0, 0, 0.5)]
+    assert rank_heads([torch.tensor([0.5, math.nan]), torch.tensor([0.75])]) == [(1, 0, 0.75), (0, 0, 0.5)]
     found = ranking(made_of(UNIFORM, shifted(1)).snapshot(["normalized_entropy"]), "normalized_entropy")
     assert [one[:2] for one in found] == [(0, 0), (0, 1)]
     assert found[0][2] == pytest.approx(1)
@@ -173,20 +173,20 @@ def test_roles_follow_from_the_text():
 
 def test_flow_is_what_goes_to_itself_to_earlier_and_to_later_tokens():
     both = (torch.eye(20) + shifted(1)) / 2
-    shares = flow(made_of(both, shifted(0)).snapshot(HEAD_STATISTICS))
-    torch.testing.assert_close(shares["itself"][0], torch.tensor([0.5, 1.0]))
-    torch.testing.assert_close(shares["earlier tokens"][0], torch.tensor([0.5, 0.0]))
+    shares = attention_flow(made_of(both, shifted(0)).snapshot(HEAD_STATISTICS))
+    assert shares["itself"][0] == pytest.approx([0.5, 1.0])
+    assert shares["earlier tokens"][0] == pytest.approx([0.5, 0.0])
     assert set(shares) == {"itself", "earlier tokens"}
-    ahead = flow(made_of(both.flip(0, 1), causal=False).snapshot(HEAD_STATISTICS))
+    ahead = attention_flow(made_of(both.flip(0, 1), causal=False).snapshot(HEAD_STATISTICS))
     assert ahead["later tokens"][0].item() == pytest.approx(19 * 0.5 / 20)  # the last row has none
     assert ahead["earlier tokens"][0].item() == pytest.approx(0)
 
 
 def test_what_has_moved_is_half_the_absolute_difference_of_rows_that_see_two_keys():
     before, after = made_of(shifted(0), UNIFORM), made_of(shifted(1), UNIFORM)
-    [share] = moved(before, after)
+    [share] = weight_shift(before, after)
     assert share.tolist() == [pytest.approx(1.0), 0.0]  # of row 0, which sees one key, nothing can move
-    [half] = moved(made_of(UNIFORM), made_of((UNIFORM + shifted(1)) / 2))
+    [half] = weight_shift(made_of(UNIFORM), made_of((UNIFORM + shifted(1)) / 2))
     expected = ((UNIFORM - shifted(1)).abs().sum(-1) / 4)[1:].mean()
     assert half.item() == pytest.approx(expected.item())
 
@@ -194,11 +194,11 @@ def test_what_has_moved_is_half_the_absolute_difference_of_rows_that_see_two_key
 def test_models_that_differ_in_shape_or_tokens_are_not_compared():
     maps = made_of(UNIFORM)
     with pytest.raises(AttentionMonitorError, match=r"same layers and heads.*sizes of maps"):
-        moved(maps, made_of(UNIFORM, UNIFORM))
+        weight_shift(maps, made_of(UNIFORM, UNIFORM))
     with pytest.raises(AttentionMonitorError, match=r"tokens are \['a'\] and \['b'\]"):
-        moved(AttentionMaps(maps.calls, ["L00"], ["a"], ["a"]), AttentionMaps(maps.calls, ["L00"], ["a"], ["b"]))
+        weight_shift(AttentionMaps(maps.calls, ["L00"], ["a"], ["a"]), AttentionMaps(maps.calls, ["L00"], ["a"], ["b"]))
     with pytest.raises(AttentionMonitorError, match="layers are"):
-        moved(maps, AttentionMaps(maps.calls, ["other"], ["a"]))
+        weight_shift(maps, AttentionMaps(maps.calls, ["other"], ["a"]))
 
 
 def test_a_model_without_attention_is_told_so():

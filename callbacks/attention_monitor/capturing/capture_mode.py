@@ -5,7 +5,6 @@ is calling. Both are there only while a capture lasts, and neither is in the mod
 """
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from ..errors import NoAttentionError
+from ..errors import NoAttentionError, Once
 from ..naming import final_site
 from . import recognisers
 from .attention_call import AttentionCall
@@ -51,7 +50,7 @@ class Capture(TorchFunctionMode):
         on_call: gets them.
         only: patterns as of a shell, such as ``decoder.*``; a call is looked at when its module path, with or without
             ``[i]``, matches one. None: all are.
-        told: module paths that have been warned about; those that are, are added.
+        once: what has been warned of.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Capture(TorchFunctionMode):
         model: nn.Module,
         on_call: Callable[[AttentionCall], None],
         only: Sequence[str] | None = None,
-        told: set[str] | None = None,
+        once: Once | None = None,
     ) -> None:
         super().__init__()
         self.model, self.on_call, self.only = model, on_call, only
@@ -67,7 +66,7 @@ class Capture(TorchFunctionMode):
         self.left_out: set[str] = set()  # module paths that match none of ``only``
         self.not_understood: dict[str, str] = {}  # module path -> reason
         self.paused = False
-        self._told = set() if told is None else told
+        self._once = Once() if once is None else once
         self._names: dict[nn.Module, str] = {}
         self._not_run: set[nn.Module] = set()
         # modules whose forward is running; the model is always the first, whose other methods may call things too
@@ -215,9 +214,8 @@ class Capture(TorchFunctionMode):
 
     def _not_understood(self, path: str, reason: str) -> None:
         self.not_understood.setdefault(path, reason)
-        if path not in self._told:
-            self._told.add(path)
-            warnings.warn(f"attention_monitor could not look at a call of {path}: {reason}", stacklevel=3)
+        message = f"attention_monitor could not look at a call of {path}: {reason}"
+        self._once.warn("module", path, message, stacklevel=3)
 
     @property
     def ran_whole(self) -> bool:

@@ -1,16 +1,41 @@
-"""What a detector is: it looks for one kind of trouble."""
+"""What a detector is: it looks for one kind of trouble in every Snapshot of training."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from ..naming import head_name
+from ..snapshots import SiteRecord, Snapshot
+from .finding import Finding
 
 
 class Detector(ABC):
-    """Reads per-head values of one site, statistic -> (H,). Subclasses register themselves."""
+    """Looks for one kind of trouble. Subclasses register themselves.
+
+    A run has one instance of each detector, which may remember what it has seen.
+
+    Attributes:
+        kind: name of the trouble, as in messages.
+        severity: ``error`` where training is broken, ``warning`` where it goes on; errors are told first.
+        statistics: names of the statistics that the detector reads; they are taken of training for it.
+        advice: what it means and what to do, for people.
+
+    Example:
+        >>> class Unfocused(Detector):
+        ...     kind = "unfocused attention"
+        ...     severity = "warning"
+        ...     statistics = ("normalized_entropy",)
+        ...     advice = "Heads that stay uniform have not learnt where to look."
+        ...
+        ...     def look(self, snapshot):
+        ...         for record, head, value in snapshot.heads("normalized_entropy"):
+        ...             if snapshot.step >= 1000 and value > 0.99:
+        ...                 yield self.finding(snapshot, record, head, f"normalized entropy {value:.2f}")
+        >>> DETECTORS.remove(Unfocused)
+    """
 
     kind: ClassVar[str]
-    severity: ClassVar[Literal["error", "warning"]]  # errors are told first
+    severity: ClassVar[Literal["error", "warning"]]
     statistics: ClassVar[tuple[str, ...]]
     advice: ClassVar[str]
 
@@ -18,12 +43,19 @@ class Detector(ABC):
         DETECTORS.append(cls)
 
     @abstractmethod
-    def troubled(self, values: dict[str, Tensor]) -> Tensor:
-        """(H,) bool."""
+    def look(self, snapshot: Snapshot) -> Iterator[Finding]:
+        """Yield a Finding for every head that is in trouble at a live Snapshot, also where it was before."""
 
-    @abstractmethod
-    def describe(self, values: dict[str, float]) -> str:
-        """The numbers of one head in trouble."""
+    def finding(self, snapshot: Snapshot, record: SiteRecord, head: int, detail: str) -> Finding:
+        """Make the Finding for one head.
+
+        Args:
+            snapshot: Snapshot in which the head is in trouble.
+            record: record of the head's site.
+            head: number of the head there.
+            detail: the numbers, with the threshold that fired.
+        """
+        return Finding(snapshot.step, self.kind, head_name(record.label, head), detail)
 
 
 DETECTORS: list[type[Detector]] = []

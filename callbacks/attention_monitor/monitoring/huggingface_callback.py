@@ -1,9 +1,9 @@
-"""The callback for Hugging Face's Trainer: when to look. Everything else is elsewhere."""
+"""The callback for Hugging Face's Trainer: when to look. What is done then is the recorder's."""
 
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import update_wrapper
 from types import MethodType
 from typing import Any
@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..diagnosis.roles import HeadRoles
-from ..probes.base import Probe
-from ..snapshots import Snapshot
-from ..statistics.catalogue import DEFAULT_STATISTICS
-from .options import check_options
+from .options import Options, takes
 from .recorder import AttentionRecorder
+from .run_record import RunRecord
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,29 +24,37 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-class AttentionTrainerCallback(TrainerCallback):
+@dataclass(frozen=True)
+class TrainerOptions(Options):
+    """The options of ``AttentionTrainerCallback``.
+
+    Args:
+        log_to: a folder for TensorBoard's files, or a ``SummaryWriter``; None: ``runs/attention`` in the Trainer's
+            output folder, ``attention`` in ``$TENSORBOARD_LOGGING_DIR`` where that is set.
+    """
+
+    log_to: Any = None
+
+
+class AttentionTrainerCallback(RunRecord, TrainerCallback):
     """Does for Hugging Face's ``Trainer`` what ``AttentionMonitor`` does for Lightning's.
 
     At step 0, every ``every_n_steps`` optimizer steps and at the last step; under gradient accumulation the first
     forward of a step. A step is numbered by the optimizer steps done before it, as Lightning does it: Trainer logs its
-    loss one step later.
+    loss one step later. The tokenizer of probes is the Trainer's ``processing_class``.
 
-    Args:
-        every_n_steps: optimizer steps from one sample to the next.
-        probe: a text whose maps are drawn with its tokens, a ``Probe``, or several; the tokenizer is the Trainer's
-            ``processing_class``.
-        statistics: names from ``attention_monitor.STATISTICS``.
-        max_sequences: how many sequences of the batch, on each rank, the statistics are taken of.
-        max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
-            looked at then, and of a sequence that is longer than that, blocks of rows spread over it evenly.
-        sites: patterns as of a shell for the module paths to look at, such as ``model.decoder.*``; None: all.
-        log_to: a folder for TensorBoard's files, or a ``SummaryWriter``; None: ``runs/attention`` in the Trainer's
-            output folder, ``attention`` in ``$TENSORBOARD_LOGGING_DIR`` where that is set.
+    Its arguments are those of ``attention_monitor.Options``, and ``log_to``: a folder for TensorBoard's files, or a
+    ``SummaryWriter``; without it files go to ``runs/attention`` in the Trainer's output folder, or to ``attention`` in
+    ``$TENSORBOARD_LOGGING_DIR`` where that is set.
 
     Attributes:
-        first: the first live Snapshot of this run.
-        latest: the newest live Snapshot.
-        roles: head -> role -> step at which it took that on, of the roles that heads have.
+        first: first live Snapshot of this run.
+        latest: newest live Snapshot.
+        roles: roles that heads have, head -> role -> step at which it took that on.
+
+    Example:
+        >>> AttentionTrainerCallback(every_n_steps=100).every_n_steps
+        100
 
     Raises:
         AttentionMonitorError: on an option that makes no sense, at once; before training, on a probe that cannot be
@@ -57,38 +62,23 @@ class AttentionTrainerCallback(TrainerCallback):
         NoAttentionError: when no attention call is seen at the first sampled step that runs the whole model.
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 50,
-        probe: str | Probe | list[str | Probe] | None = None,
-        statistics: Sequence[str] = DEFAULT_STATISTICS,
-        max_sequences: int = 4,
-        max_tokens: int | None = None,
-        sites: str | Sequence[str] | None = None,
-        log_to: Any = None,
-    ) -> None:
-        self.every_n_steps, self.log_to = every_n_steps, log_to
-        self.first: Snapshot | None = None
-        self.latest: Snapshot | None = None
-        self._options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
+    @takes(TrainerOptions)
+    def __init__(self, options: TrainerOptions) -> None:
+        super().__init__()
+        self.options, self.every_n_steps, self.log_to = options, options.every_n_steps, options.log_to
         self._recorder: AttentionRecorder | None = None
-        self._roles = HeadRoles()
         self._sampling = ExitStack()
-
-    @property
-    def roles(self) -> dict[str, dict[str, int]]:
-        return self._roles.since()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._close(complete=False)  # of a run that failed
-        self.first, self.latest, self._roles = None, None, HeadRoles()
+        self.forget()
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs")
         self._recorder = AttentionRecorder(
             kwargs["model"],
-            **self._options,
-            log_to=os.path.join(folder, "attention") if self.log_to is None else self.log_to,
+            **vars(self.options)
+            | {"log_to": os.path.join(folder, "attention") if self.log_to is None else self.log_to},
             tokenizer=kwargs.get("processing_class"),
             all_ranks=args.world_size > 1,
             roles=self._roles,
@@ -104,15 +94,13 @@ class AttentionTrainerCallback(TrainerCallback):
         self._sampling.close()
         if args.torch_compile:
             self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
-        recorder.prepare(step, is_last=step == state.max_steps - 1)
+        recorder.begin(step, is_last=step == state.max_steps - 1)
         self._sampling.callback(_WatchedForward(kwargs["model"], recorder).undo)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._sampling.close()
         if self._recorder is not None and self._recorder.is_recording:
-            seen = self._recorder.finish()
-            self.latest = seen or self.latest
-            self.first = self.first or seen
+            self.keep(self._recorder.finish())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,7 +135,7 @@ class _WatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.undo()
-        with self.recorder.watch_forward():
+        with self.recorder.watch():
             return self.original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -1,17 +1,14 @@
-"""The Lightning callback: when to look, on which rank, for how long. Everything else is elsewhere."""
+"""The Lightning callback: when to look, and for how long. What is done then is the recorder's."""
 
 import math
 import warnings
-from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..diagnosis.roles import HeadRoles
-from ..probes.base import Probe
-from ..snapshots import Snapshot
-from ..statistics.catalogue import DEFAULT_STATISTICS
-from .options import check_options
+from .options import Options, takes
 from .recorder import AttentionRecorder
+from .run_record import RunRecord
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -47,7 +44,7 @@ else:
     )
 
 
-class AttentionMonitor(_Callback):
+class AttentionMonitor(RunRecord, _Callback):
     """Watches every attention head while a model trains.
 
     At step 0, every ``every_n_steps`` optimizer steps and at the last step it takes per-head statistics of the real
@@ -56,63 +53,45 @@ class AttentionMonitor(_Callback):
     collapses. Training is not changed: the loss curve is bit-identical on CPU, and nothing is installed in the model
     between sampled steps. Under gradient accumulation the first batch of a sampled step is looked at.
 
-    Args:
-        every_n_steps: optimizer steps from one sample to the next.
-        probe: a text whose maps are drawn with its tokens, a ``Probe``, or several.
-        statistics: names from ``attention_monitor.STATISTICS``.
-        max_sequences: how many sequences of the batch, on each rank, the statistics are taken of.
-        max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
-            looked at then, and of a sequence that is longer than that, blocks of rows spread over it evenly.
-        sites: patterns as of a shell for the module paths to look at, such as ``model.decoder.*``; None: all.
+    Its arguments are those of ``attention_monitor.Options``.
 
     Attributes:
-        probe: the probes; a list that may be added to before training.
-        first: the first live Snapshot of this run.
-        latest: the newest live Snapshot.
-        roles: head -> role -> step at which it took that on, of the roles that heads have; goes on in a run that is
+        probe: probes that will be run; a list that may be added to before training.
+        first: first live Snapshot of this run.
+        latest: newest live Snapshot.
+        roles: roles that heads have, head -> role -> step at which it took that on; they go on in a run that is
             resumed.
 
+    Example:
+        >>> AttentionMonitor(every_n_steps=100, probe="The cat sat on the mat.").every_n_steps
+        100
+
     Raises:
-        AttentionMonitorError: on every_n_steps or max_sequences < 1, sites that are no patterns, or an unknown
-            statistic, at once; before training, on a probe that cannot be encoded or that the model does not take.
+        AttentionMonitorError: on an option that makes no sense, at once; before training, on a probe that cannot be
+            encoded or that the model does not take.
         NoAttentionError: when no attention call is seen at the first sampled step that runs the whole model.
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 50,
-        probe: str | Probe | list[str | Probe] | None = None,
-        statistics: Sequence[str] = DEFAULT_STATISTICS,
-        max_sequences: int = 4,
-        max_tokens: int | None = None,
-        sites: str | Sequence[str] | None = None,
-    ) -> None:
-        options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
-        self.every_n_steps: int = options["every_n_steps"]
-        self.probe: list[Probe] = options["probe"]
-        self.statistics: list[str] = options["statistics"]
-        self._options = options
-        self.first: Snapshot | None = None
-        self.latest: Snapshot | None = None
+    @takes(Options)
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.every_n_steps = options.every_n_steps
+        self.probe = options.probes
+        self.statistics = [statistic.name for statistic in options.resolved_statistics]
         self._recorder: AttentionRecorder | None = None
-        self._roles = HeadRoles()
         self._sampling = False
-        self._sampled_step = -1
         self._last_step: float = math.inf
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
-            self.first, self.latest = None, None
-            self._roles = HeadRoles()
-
-    @property
-    def roles(self) -> dict[str, dict[str, int]]:
-        return self._roles.since()
+            self.forget()
 
     @property
     def state_key(self) -> str:
         names = [probe.name for probe in self.probe]
-        return self._generate_state_key(every_n_steps=self.every_n_steps, sites=self._options["sites"], probe=names)
+        sites = self.options.site_patterns
+        return self._generate_state_key(every_n_steps=self.every_n_steps, sites=sites, probe=names)
 
     def state_dict(self) -> dict[str, Any]:
         return {"roles": self._roles.state()}
@@ -123,7 +102,7 @@ class AttentionMonitor(_Callback):
     def on_load_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
     ) -> None:
-        """With other options the key is another, and roles go on all the same."""
+        """Go on with roles also where other options give another key."""
         states = checkpoint.get("callbacks", {})
         of_monitors = [state for key, state in states.items() if key.startswith(f"{type(self).__qualname__}{{")]
         if self.state_key not in states and len(of_monitors) == 1:
@@ -139,9 +118,9 @@ class AttentionMonitor(_Callback):
             )
         self._recorder = AttentionRecorder(
             pl_module,
-            **self._options | {"probe": self.probe},
+            **vars(replace(self.options, probe=self.probe)),
             log_to=trainer.loggers,
-            tokenizer=next((t for t in tokenizers if t is not None), None),
+            tokenizer=next((tokenizer for tokenizer in tokenizers if tokenizer is not None), None),
             all_ranks=trainer.world_size > 1,
             roles=self._roles,
         )
@@ -157,12 +136,12 @@ class AttentionMonitor(_Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         step = _step(trainer)
-        due = step % self.every_n_steps == 0 or step == self._last_step
+        is_last = step == self._last_step
         first_of_step = batch_idx % trainer.accumulate_grad_batches == 0
-        if self._recorder is not None and due and first_of_step:
-            self._sampled_step = step
+        if self._recorder is not None and first_of_step and (step % self.every_n_steps == 0 or is_last):
             self._sampling = True
-            self._recorder.begin(step, trainer.precision_plugin.forward_context(), is_last=step == self._last_step)
+            self._recorder.begin(step, trainer.precision_plugin.forward_context(), is_last=is_last)
+            self._recorder.start()
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Any) -> None:
         if self._sampling and self._recorder is not None:
@@ -174,8 +153,7 @@ class AttentionMonitor(_Callback):
         if self._sampling and self._recorder is not None:
             self._sampling = False
             seen = self._recorder.finish()
-            self.latest = seen or self.latest
-            self.first = self.first or seen
+            self.keep(seen)
             if seen is not None and "normalized_entropy" in self.statistics:
                 entropy = seen.mean("normalized_entropy")
                 pl_module.log("head_entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)
@@ -186,7 +164,7 @@ class AttentionMonitor(_Callback):
             self._recorder.abort()
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """A run that was stopped early did not know its last step: run at least the probes once more."""
+        """Run the probes once more: a run that was stopped early did not know its last step."""
         if self._recorder is not None:
             self._recorder.sample_probes(_step(trainer), trainer.precision_plugin.forward_context())
 

@@ -1,72 +1,50 @@
-"""Statistics and scores of every attention call while a model runs."""
+"""Statistics and scores of every attention call, taken while a model runs.
 
-import warnings
-from collections import Counter, defaultdict
+Shapes: B sequences, H heads, Q queries, K keys.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..capturing.attention_call import AttentionCall
 from ..capturing.capture_mode import Capture
-from ..errors import NoAttentionError
-from ..naming import final_site, in_order
-from ..probes.base import EncodedProbe, ScoreFunction
-from ..snapshots import HeadScore, Snapshot
+from ..errors import NoAttentionError, Once
+from ..naming import final_site
+from ..probes.base import ProbeBatch, ScoreFunction
+from ..probes.layer_measures import LayerOutputs
 from ..statistics.maps import MAX_MAP_SIZE, picture
 from ..statistics.registry import Statistic
 from ..statistics.row_blocks import Workspace
+from ..statistics.sites import SiteMeasurement
 from ..statistics.totals import HeadTotals
 
 
-@dataclass
-class Site:
-    """What was seen of one attention call of the model.
-
-    Attributes:
-        totals: its statistics.
-        is_cross: whether it is cross-attention.
-        n_heads: H.
-        pattern: (H, Q, K) of one sequence, possibly pooled, where it was asked for.
-        scores: of a probe, name -> (n, H) for each of its batches.
-    """
-
-    totals: HeadTotals
-    is_cross: bool
-    n_heads: int = 0
-    pattern: Tensor | None = None
-    scores: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-
-    def values(self, scores: Sequence[HeadScore]) -> dict[str, Tensor]:
-        """Statistics and means of scores, name -> (H,), float32 on the CPU; NaN where there are none."""
-        values = self.totals.values()
-        for score in scores:
-            found = self.scores[score.name]
-            mean = torch.cat(found).mean(0).float().cpu() if found else torch.full((self.n_heads,), torch.nan)
-            values[score.name] = mean
-        return values
-
-
-class Recording:
-    """Context that takes the statistics of every attention call under ``model``.
+class Measurement:
+    """Context that measures every attention call under ``model``.
 
     Args:
-        model: whose calls are looked at.
-        statistics: to take.
-        max_sequences: of each call; None: all.
-        max_tokens: query positions of each call, over its sequences; None: all.
-        with_patterns: keep the pattern of each site's first sequence too.
+        model: model whose calls are measured.
+        statistics: statistics to take.
+        max_sequences: sequences of each call that are looked at; None: all.
+        max_tokens: query positions of each call that are looked at, over its sequences; None: all.
+        with_patterns: whether the pattern of each site's first sequence is kept.
         sites: patterns for the module paths to look at; None: all.
-        told: module paths that have been warned about.
+        once: what has been warned of.
+        layers_of: tokens of the sequence with which layers are measured as a whole too; None: they are not.
+        must_see: whether it is an error to see no attention.
 
     Attributes:
-        score: of a self-attention call, name -> (n, H); None: nothing is scored.
-    """
+        pooled: whether a pattern is larger than what is kept of it.
 
-    score: ScoreFunction | None = None
+    Raises:
+        NoAttentionError: when the context ends, ``must_see`` and no attention call was seen.
+    """
 
     def __init__(
         self,
@@ -77,22 +55,43 @@ class Recording:
         max_tokens: int | None = None,
         with_patterns: bool = False,
         sites: Sequence[str] | None = None,
-        told: set[str] | None = None,
+        once: Once | None = None,
+        layers_of: int | None = None,
+        must_see: bool = False,
     ) -> None:
-        self.model, self.statistics, self.with_patterns = model, statistics, with_patterns
-        self.max_sequences, self.max_tokens = max_sequences, max_tokens
-        self._told: set[str] = set() if told is None else told
-        self._capture = Capture(model, self._on_call, sites, self._told)
+        self.model, self.statistics, self.with_patterns, self.must_see = model, statistics, with_patterns, must_see
+        self.max_sequences, self.max_tokens, self.pooled = max_sequences, max_tokens, False
+        self._layers = None if layers_of is None else LayerOutputs(model, layers_of)
+        self._once = Once() if once is None else once
+        self._capture = Capture(model, self._on_call, sites, self._once)
+        self._exit = ExitStack()
         self._workspace = Workspace()
-        self._seen: dict[str, Site] = {}
-        self._pooled = False
+        self._score: ScoreFunction | None = None
+        self._seen: dict[str, SiteMeasurement] = {}
 
-    def __enter__(self) -> "Recording":
-        self._capture.__enter__()
+    def __enter__(self) -> "Measurement":
+        with ExitStack() as stack:
+            if self._layers is not None:
+                stack.enter_context(self._layers)
+            stack.enter_context(self._capture)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._capture.__exit__(*exception)
+        self.stop()
+        if exception[:1] == (None,):
+            if self.must_see:
+                self.require_attention()
+            if self._layers is not None:
+                self._layers.measure(self.sites)
+
+    def stop(self) -> None:
+        """Measure no more; may be called again, as when a forward ends before its step."""
+        self._exit.close()
+
+    def expect(self, batch: ProbeBatch) -> None:
+        """Score the calls to come as those of a probe's batch."""
+        self._score = batch.score
 
     def _on_call(self, call: AttentionCall) -> None:
         B, _, Q, _ = call.shape
@@ -102,82 +101,67 @@ class Recording:
         if self.max_tokens is not None:
             n = min(n, max(1, self.max_tokens // max(1, Q)))
         call = call.first(n)
-        site = self._seen.get(call.site) or Site(
+        site = self._seen.get(call.site) or SiteMeasurement(
             HeadTotals(self.statistics, self.max_tokens, self._workspace, self._on_failure),
             not call.is_self_attention,
             call.shape[1],
         )
         if self.with_patterns and site.pattern is None:
             site.pattern = picture(call.first(1))[0].cpu()
-            self._pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
-        for name, values in self.score(call).items() if self.score and call.has_positions else ():
-            site.scores[name].append(values)
+            self.pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
         # a statistic of the user's own may draw numbers, and training must not notice
         with torch.random.fork_rng([call.device] if call.device.type == "cuda" else []):
-            site.totals.add(call)
+            site.add(call, self._score)
         self._seen[call.site] = site  # a call that cannot be read leaves nothing
 
     def _on_failure(self, name: str, error: Exception) -> None:
-        if name not in self._told:
-            self._told.add(name)
-            warnings.warn(
-                f"AttentionMonitor: the statistic {name!r} failed and is left out: {type(error).__name__}: "
-                f"{str(error).rstrip('.')}. It returns (B, H, rows), one number a row.",
-                stacklevel=2,
-            )
+        self._once.warn(
+            "statistic",
+            name,
+            f"AttentionMonitor: the statistic {name!r} failed and is left out: {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. It returns (B, H, rows), one number a row.",
+            stacklevel=2,
+        )
 
     @property
     def saw_attention(self) -> bool:
+        """Whether an attention call has been seen."""
         return bool(self._capture.sites)
 
     @property
     def ran_whole_model(self) -> bool:
+        """Whether every part of the model that has parameters has been run."""
         return self._capture.ran_whole
 
     def require_attention(self) -> None:
-        """Raise NoAttentionError if no attention call was seen."""
+        """Do nothing if an attention call has been seen.
+
+        Raises:
+            NoAttentionError: when none has been seen.
+        """
         if not self.saw_attention:
             raise NoAttentionError(self._capture.explain_nothing())
 
-    def result(self) -> dict[str, Site]:
-        """What has been seen at each module path, in order of execution."""
+    @property
+    def sites(self) -> dict[str, SiteMeasurement]:
+        """What has been measured at each module path, in order of execution."""
         return {final_site(name, self._capture.sites): site for name, site in self._seen.items()}
 
-    def result_of_all_ranks(self) -> dict[str, Site]:
-        """The same with the totals of all ranks, each of which has to call this; patterns are this rank's own."""
+    def sites_of_all_ranks(self) -> dict[str, SiteMeasurement]:
+        """Put the totals of all ranks together, each of which has to call this; patterns are this rank's own."""
         everyone: list[Any] = [None] * dist.get_world_size()
         mine = {name: (site.is_cross, site.n_heads, site.totals.on_cpu()) for name, site in self._seen.items()}
         dist.all_gather_object(everyone, (self._capture.sites, mine))
         n_calls: Counter[str] = Counter()
         for theirs, _ in everyone:
             n_calls |= Counter(theirs)  # the larger of each
-        merged: dict[str, Site] = {}
+        merged: dict[str, SiteMeasurement] = {}
         for _, sites in everyone:
             for name, (is_cross, n_heads, totals) in sites.items():
-                empty = Site(HeadTotals(self.statistics), is_cross, n_heads)
+                empty = SiteMeasurement(HeadTotals(self.statistics), is_cross, n_heads)
                 site = merged.setdefault(final_site(name, n_calls), empty)
                 if totals is not None:
                     site.totals.merge(totals)
         for name, site in self._seen.items():
             merged[final_site(name, n_calls)].pattern = site.pattern
         return merged
-
-    def snapshot(self, step: int, probe: EncodedProbe | None = None, all_ranks: bool = False) -> Snapshot:
-        """What has been seen, of the probe or else live; sites in order of execution, but those of a stack together."""
-        seen = self.result_of_all_ranks() if all_ranks else self.result()
-        order, stacks, labels = in_order(list(seen), [site.is_cross for site in seen.values()])
-        sites = [list(seen)[i] for i in order]
-        scores = probe.scores if probe else ()
-        patterns = [pattern for site in sites if (pattern := seen[site].pattern) is not None]
-        return Snapshot(
-            step=step,
-            source=probe.name if probe else "live",
-            labels=labels,
-            sites=sites,
-            values=[seen[site].values(scores) for site in sites],
-            patterns=patterns if len(patterns) == len(sites) else [],  # other ranks may have seen more
-            tokens=probe.labels if probe and not self._pooled else None,
-            stacks=stacks,
-            is_cross=[seen[site].is_cross for site in sites],
-            scores=scores,
-        )

@@ -1,8 +1,9 @@
-"""What a sampled step does, for any training loop: probe, live statistics, diagnosis, writing."""
+"""What a sampled step does, for any training loop: probes, live statistics, diagnosis, writing."""
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -10,112 +11,89 @@ from torch import nn
 
 from ..diagnosis.roles import HeadRoles
 from ..diagnosis.runner import Diagnosis
-from ..errors import AttentionMonitorError, AttentionWarning, NoAttentionError, is_whole
-from ..probes.base import EncodedProbe, Probe
+from ..errors import AttentionMonitorError, AttentionWarning, NoAttentionError, Once, is_whole
 from ..snapshots import Snapshot
-from ..statistics.catalogue import DEFAULT_STATISTICS, resolve_statistics
-from ..statistics.registry import Statistic
+from ..statistics.catalogue import resolve_statistics
+from ..statistics.sites import build_snapshot, column_of
+from ..writers import tags
 from ..writers.sinks import sinks_for
 from ..writers.writer import Writer
-from .measuring import Recording
-from .options import check_model, check_options, check_tags
-from .probing import run_encoded
+from .measuring import Measurement
+from .options import RecorderOptions, takes_after_one
+from .probing import ProbeRunner, require_module
 
 
 class AttentionRecorder:
     """Watches every attention head in a training loop of your own.
 
-    Example:
-        >>> with AttentionRecorder(model, every_n_steps=100, log_to="runs/mine") as recorder:
-        ...     for step, (x, y) in enumerate(batches):
-        ...         with recorder.step(step):
-        ...             loss = criterion(model(x), y)
-        ...         loss.backward()
-        ...         ...
-
     At step 0 and every ``every_n_steps`` steps it takes per-head statistics of what the model does in the context, runs
-    the probe before it, writes both and warns when a head is in trouble. In the other steps the context does nothing.
-    The Lightning callback says itself when a step begins and ends: ``begin``, ``end_forward``, ``finish``, ``abort``.
+    the probes before it, writes both and warns when a head is in trouble. In the other steps the context does nothing.
 
-    Args:
-        model: the module to watch; probes are run by calling it.
-        every_n_steps: steps from one sample to the next.
-        probe: a text whose maps are drawn with its tokens, a ``Probe``, or several; without one that is drawn the maps
-            are of the batch's first sequence.
-        statistics: names from ``attention_monitor.STATISTICS``, which are written.
-        max_sequences: of the batch that are looked at.
-        max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
-            looked at then, and of a sequence that is longer than that, blocks of rows spread over it evenly.
-        sites: patterns as of a shell for the module paths to look at, such as ``decoder.*``; None: all.
-        log_to: a folder for TensorBoard's files, a ``SummaryWriter``, a Lightning logger, or a list of these; None:
-            nothing is written.
-        tokenizer: for a probe without one of its own.
-        all_ranks: the statistics are of the batches of all ranks of ``torch.distributed``'s process group, each of
-            which makes a recorder and goes through the same steps; rank zero writes. False: of this process alone.
-        roles: that heads have had before; None: none.
+    A loop that cannot put its forward into one context says itself when a step begins and ends: ``begin``, then
+    ``start`` and ``end_forward`` or the context ``watch``, then ``finish`` or ``abort``. So do the callbacks.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.TransformerEncoderLayer(8, 2)
+        >>> with AttentionRecorder(model, every_n_steps=100) as recorder:
+        ...     for step in range(3):
+        ...         with recorder.step(step):
+        ...             loss = model(torch.randn(5, 1, 8)).square().mean()
+        ...         loss.backward()
+        >>> recorder.snapshots["live"].step, recorder.snapshots["live"].values[0]["entropy"].shape
+        (0, (2,))
 
     Attributes:
-        snapshots: the newest Snapshot of each source: ``live`` and the probes' names.
-        roles: head -> role -> step at which it took that on, of the roles that heads have now.
+        snapshots: newest Snapshot of each source, ``live`` and the probes' names.
 
     Raises:
         AttentionMonitorError: on an option that makes no sense.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        every_n_steps: int = 50,
-        probe: str | Probe | Sequence[str | Probe] | None = None,
-        statistics: Sequence[str] = DEFAULT_STATISTICS,
-        max_sequences: int = 4,
-        max_tokens: int | None = None,
-        sites: str | Sequence[str] | None = None,
-        *,
-        log_to: Any = None,
-        tokenizer: Any = None,
-        all_ranks: bool = False,
-        roles: HeadRoles | None = None,
-    ) -> None:
-        options = check_options(every_n_steps, probe, statistics, max_sequences, max_tokens, sites)
-        check_model(model, "AttentionRecorder watches")
-        if all_ranks and not (dist.is_available() and dist.is_initialized()):
+    @takes_after_one(RecorderOptions)
+    def __init__(self, model: nn.Module, options: RecorderOptions) -> None:
+        require_module(model, "AttentionRecorder watches")
+        if options.all_ranks and not (dist.is_available() and dist.is_initialized()):
             raise AttentionMonitorError(
                 "all_ranks=True needs torch.distributed's process group: call init_process_group() before, or leave it "
                 "out."
             )
-        self.model, self.every_n_steps, self.all_ranks = model, every_n_steps, all_ranks
-        self.is_rank_zero = not all_ranks or dist.get_rank() == 0
-        self._extent = {name: options[name] for name in ("max_sequences", "max_tokens")}
-        self.sites: list[str] | None = options["sites"]
-        self.probes: list[EncodedProbe] = [probe.encode(tokenizer) for probe in options["probe"]]
-        check_tags(self.probes, options["statistics"])
-        self.writer = Writer(sinks_for(log_to) if self.is_rank_zero else [], options["statistics"])
-        self.diagnosis = Diagnosis()
-        wanted = dict.fromkeys([*options["statistics"], *self.diagnosis.statistics])
-        self._live_statistics = resolve_statistics(list(wanted))
-        self._written_statistics = resolve_statistics(options["statistics"])
-        self._live: Recording | None = None
-        self._probed: list[Snapshot] = []
-        self._roles = HeadRoles() if roles is None else roles
-        self._step = self._sampled_step = -1
-        self._probed_at: dict[str, int] = {}
-        self._fitting: set[str] = set()  # probes that the model has taken
-        self._told: set[str] = set()  # what has been warned about: once for all steps
-        self._closed = False
+        self.model, self.options, self.every_n_steps = model, options, options.every_n_steps
+        self.is_rank_zero = not options.all_ranks or dist.get_rank() == 0
         self.snapshots: dict[str, Snapshot] = {}
+        self.diagnosis = Diagnosis()
+        self._once = Once()
+        written = options.resolved_statistics
+        self._written = [statistic.name for statistic in written]
+        self._statistics = resolve_statistics(list(dict.fromkeys([*self._written, *self.diagnosis.statistics])))
+        probes = [probe.encode(options.tokenizer) for probe in options.probes]
+        tags.require_distinct(
+            {"live": self._written}
+            | {
+                probe.name: [score.name for score in probe.scores] + (self._written if probe.with_statistics else [])
+                for probe in probes
+            }
+        )
+        self._probes = ProbeRunner(model, probes, written, options.site_patterns, self._once)
+        self.writer = Writer(sinks_for(_opened(options.log_to)) if self.is_rank_zero else [])
+        self._roles = HeadRoles() if options.roles is None else options.roles
+        self._live: Measurement | None = None
+        self._probed: list[Snapshot] = []
+        self._step = self._sampled_step = -1
+        self._closed = False
 
     @contextmanager
     def step(self, step: int, precision: AbstractContextManager[Any] | None = None) -> Iterator[None]:
         """Watch one step if it is due: put the model's forward in this context.
 
         Args:
-            step: optimizer steps done so far.
-            precision: context in which the probe is run, such as ``torch.autocast(...)``.
+            step: number of optimizer steps done so far.
+            precision: context in which the probes are run, such as ``torch.autocast(...)``.
 
         Raises:
             NoAttentionError: when the context ends, the whole model was run and no attention call was ever seen.
-            AttentionMonitorError: when the model does not take the probe, in the first sampled step; after close().
+            AttentionMonitorError: when the model does not take a probe, in the first sampled step; after close().
         """
         if not is_whole(step, 0):
             raise AttentionMonitorError(f"step() takes the number of optimizer steps done so far, got {step!r}.")
@@ -127,7 +105,8 @@ class AttentionRecorder:
             return
         self.begin(step, precision)
         try:
-            yield
+            with self.watch():
+                yield
         except BaseException:
             self.abort()
             raise
@@ -141,65 +120,77 @@ class AttentionRecorder:
 
     @property
     def roles(self) -> dict[str, dict[str, int]]:
+        """Roles that heads have now: head -> role -> step at which it took that on."""
         return self._roles.since()
 
     def check_probes(self, precision: AbstractContextManager[Any] | None = None) -> None:
         """Try the probes, so that one that does not fit is refused before training.
 
         Raises:
-            AttentionMonitorError: when the model does not take the probe.
-            NoAttentionError: when the model runs it without an attention call.
+            AttentionMonitorError: when the model does not take a probe.
+            NoAttentionError: when the model runs one without an attention call.
         """
-        with precision or nullcontext():  # once: a context may not be entered again
-            for probe in self.probes:
-                self._run_probe(probe, 0)
+        self._probes.check(precision)
 
     def begin(self, step: int, precision: AbstractContextManager[Any] | None = None, *, is_last: bool = False) -> None:
-        """Run the probes that are due (in the last step all; under ``precision``), then watch what the model does."""
-        self.prepare(step, precision, is_last=is_last)
-        assert self._live is not None
-        self._live.__enter__()
+        """Begin a sampled step: run the probes that are due, and be ready to watch the model.
 
-    def prepare(
-        self, step: int, precision: AbstractContextManager[Any] | None = None, *, is_last: bool = False
-    ) -> None:
-        """Run the probes that are due, and be ready to ``watch_forward``."""
+        Args:
+            step: number of optimizer steps done so far.
+            precision: context in which the probes are run.
+            is_last: whether no step follows, so that all probes are due.
+        """
         self.abort()  # a step that was begun and never finished
         self._step = self._sampled_step = step
-        samples = step // self.every_n_steps
-        due = [probe for probe in self.probes if is_last or samples % probe.every == 0]
-        self._probed = self._try_probes(due, step, precision)
-        drawn = any(probe.is_drawn for probe in self.probes)
-        self._live = self._recording(self._live_statistics, with_patterns=not drawn, **self._extent)
+        self._probed = self._probes.run_due(step, step // self.every_n_steps, precision, is_last=is_last)
+        self._live = Measurement(
+            self.model,
+            self._statistics,
+            max_sequences=self.options.max_sequences,
+            max_tokens=self.options.max_tokens,
+            with_patterns=not self._probes.draws,
+            sites=self.options.site_patterns,
+            once=self._once,
+        )
 
-    @contextmanager
-    def watch_forward(self) -> Iterator[None]:
-        """Watch what happens in the context."""
-        assert self._live is not None
-        with self._live:
-            yield
+    def start(self) -> None:
+        """Watch what the model does from here on."""
+        assert self._live is not None, "begin() comes first"
+        self._live.__enter__()
 
     def end_forward(self) -> None:
         """Stop watching; goes on if there was no attention yet: this may be the backward of another part."""
         if self._live is not None and self._live.saw_attention:
-            self._live.__exit__()
+            self._live.stop()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Watch what happens in the context."""
+        assert self._live is not None, "begin() comes first"
+        with self._live:
+            yield
 
     def finish(self) -> Snapshot | None:
-        """Diagnose and write what was seen; None: there was no attention in this step.
+        """Diagnose and write what was seen in the step.
+
+        Returns:
+            The live Snapshot; None where there was no attention in this step.
 
         Raises:
-            NoAttentionError: when the whole model was run and no attention call was seen, in this step, by its probe,
+            NoAttentionError: when the whole model was run and no attention call was seen, in this step, by its probes,
                 or before it.
         """
         live = self._live
         assert live is not None, "begin() comes first"
         self.abort()
         self._keep_probed(self._probed)  # not before: drawing would compete with the step
-        snapshot = live.snapshot(self._step, all_ranks=self.all_ranks)
-        if not snapshot.sites:
+        sites = live.sites_of_all_ranks() if self.options.all_ranks else live.sites
+        if not sites:
             if not self.snapshots:
-                self._miss(live)
+                self._require_attention(live)
             return None
+        columns = [column_of(statistic, statistic.name in self._written) for statistic in self._statistics]
+        snapshot = build_snapshot(self._step, "live", sites, columns)
         self._keep(snapshot)
         for message in self.diagnosis.explain(self.diagnosis.update(snapshot)) if self.is_rank_zero else ():
             warnings.warn(f"AttentionMonitor: {message}", AttentionWarning, stacklevel=2)
@@ -207,22 +198,25 @@ class AttentionRecorder:
 
     @property
     def is_recording(self) -> bool:
-        """A step has begun, and neither been finished nor aborted."""
+        """Whether a step has begun, and neither been finished nor aborted."""
         return self._live is not None
 
     def abort(self) -> None:
         """Stop watching and forget the step."""
         if self._live is not None:
-            self._live.__exit__()
+            self._live.stop()
             self._live = None
 
     def sample_probes(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probes alone, but for those that have been run at the step before."""
-        due = [probe for probe in self.probes if self._probed_at.get(probe.name) != step - 1]
-        self._keep_probed(self._try_probes(due, step, precision))
+        self._keep_probed(self._probes.run_final(step, precision))
 
     def close(self, *, complete: bool = True) -> None:
-        """Have everything written; a loop that is complete ends with the probes once more."""
+        """Have everything written.
+
+        Args:
+            complete: whether the loop has ended as it should; it then ends with the probes once more.
+        """
         self.abort()
         try:
             if complete and not self._closed and self._sampled_step >= 0:
@@ -231,57 +225,39 @@ class AttentionRecorder:
             self._closed = True
             self.writer.close()
 
-    def _miss(self, live: Recording) -> None:
-        """No attention so far: an error, unless parts of the model have not been run and may have it."""
+    def _require_attention(self, live: Measurement) -> None:
+        """Raise NoAttentionError where all of the model has been run; elsewhere other parts may have attention."""
         try:
             live.require_attention()
         except NoAttentionError as error:
             if live.ran_whole_model:
                 raise
-            self._warn_once(
-                "nothing seen",
+            self._once.warn(
+                "model",
+                "no attention",
                 f"AttentionMonitor at step {self._step}: {error} Parts of the model were not run in this step, so the "
                 "next sampled steps will show whether they have any.",
+                stacklevel=3,
             )
-
-    def _warn_once(self, subject: str, message: str) -> None:
-        if subject not in self._told:
-            self._told.add(subject)
-            warnings.warn(message, stacklevel=4)
-
-    def _recording(self, statistics: Sequence[Statistic], **options: Any) -> Recording:
-        return Recording(self.model, statistics, sites=self.sites, told=self._told, **options)
-
-    def _try_probes(
-        self, probes: Sequence[EncodedProbe], step: int, precision: AbstractContextManager[Any] | None
-    ) -> list[Snapshot]:
-        """Without those that fail although they have fitted before: that is no reason to stop training."""
-        snapshots = []
-        with precision or nullcontext():
-            for probe in probes:
-                try:
-                    snapshots.append(self._run_probe(probe, step))
-                    self._probed_at[probe.name] = step
-                except AttentionMonitorError as error:
-                    if probe.name not in self._fitting:
-                        raise
-                    self._warn_once(f"probe: {error}", f"AttentionMonitor at step {step}: {error}")
-        return snapshots
-
-    def _run_probe(self, probe: EncodedProbe, step: int) -> Snapshot:
-        statistics = self._written_statistics if probe.with_statistics else ()
-        recording = self._recording(statistics, with_patterns=probe.is_drawn)
-        snapshot = run_encoded(recording, probe, step)
-        self._fitting.add(probe.name)
-        return snapshot
 
     def _keep_probed(self, snapshots: Sequence[Snapshot]) -> None:
         for snapshot in snapshots:
             self._keep(snapshot)
         changes = [self._roles.update(snapshot) for snapshot in snapshots]
         if any(changes):
-            self.writer.write_text("attention_roles", self._roles.table(), snapshots[0].step)
+            self.writer.write_text(tags.ROLES, self._roles.table(), snapshots[0].step)
 
     def _keep(self, snapshot: Snapshot) -> None:
         self.snapshots[snapshot.source] = snapshot
         self.writer.write(snapshot)
+
+
+def _opened(log_to: Any) -> Any:
+    """Open TensorBoard files in what is a folder; writers take what is open."""
+    if isinstance(log_to, list | tuple):
+        return [_opened(one) for one in log_to]
+    if isinstance(log_to, str | os.PathLike) and str(log_to):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(log_to)
+    return log_to

@@ -7,9 +7,9 @@ every head, that follow from an attention call.
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..capturing.attention_call import AttentionCall
+from ..capturing.capture_mode import captures_paused
 from ..errors import AttentionMonitorError
 from ..snapshots import HeadScore
 
 ScoreFunction = Callable[[AttentionCall], dict[str, Tensor]]
+Watching = TypeVar("Watching")
 
 
 @dataclass(frozen=True)
@@ -71,28 +73,45 @@ class EncodedProbe:
     every: int = 1
     with_layers: bool = False
 
-    def run(self, model: nn.Module, watch: Callable[[ProbeBatch], None] | None = None) -> None:
-        """Call the model on every batch (``watch`` is told of each before), leaving no trace in it.
+    def run(
+        self,
+        model: nn.Module,
+        watching: AbstractContextManager[Watching],
+        before: Callable[[ProbeBatch], None] | None = None,
+    ) -> Watching:
+        """Call a model on every batch inside a context, leaving no trace in it and in captures that are running.
+
+        Args:
+            model: model to call, in evaluation mode and without gradients.
+            watching: context that watches the model, such as ``capture(model)``.
+            before: called with each batch before the model is.
+
+        Returns:
+            What the context gives.
 
         Raises:
             AttentionMonitorError: when the model does not take the probe.
         """
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        with undisturbed(model):
+        with captures_paused(), watching as seen, undisturbed(model):
             for batch in self.batches:
-                if watch is not None:
-                    watch(batch)
+                if before is not None:
+                    before(batch)
                 try:
                     batch.run(model, device)
                 except Exception as error:
-                    shape = f" of shape {tuple(batch.inputs.shape)}" if isinstance(batch.inputs, Tensor) else ""
-                    reason = f"{type(error).__name__}: {error}".rstrip(".")
-                    raise AttentionMonitorError(
-                        f"The probe {self.name!r}{shape} could not be run through {type(model).__name__}: "
-                        f"{reason}. Texts and tokens are run by model(token_ids), in evaluation mode: make them fit "
-                        "its context and vocabulary (vocab_size); for other inputs there is BatchProbe."
-                    ) from error
+                    raise AttentionMonitorError(self._does_not_fit(model, batch, error)) from error
+        return seen
+
+    def _does_not_fit(self, model: nn.Module, batch: ProbeBatch, error: Exception) -> str:
+        shape = f" of shape {tuple(batch.inputs.shape)}" if isinstance(batch.inputs, Tensor) else ""
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        return (
+            f"The probe {self.name!r}{shape} could not be run through {type(model).__name__}: {reason}. Texts and "
+            "tokens are run by model(token_ids), in evaluation mode: make them fit its context and vocabulary "
+            "(vocab_size); for other inputs there is BatchProbe."
+        )
 
 
 class Probe(ABC):

@@ -5,8 +5,7 @@ Shapes: H heads, T tokens, C width of the model.
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +13,22 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from ..capturing.running_modules import module_names
-from ..snapshots import HeadScore, Snapshot
+from ..naming import stacks
+from ..snapshots import HeadScore
+from ..statistics.sites import SiteMeasurement
 
 # Added to weights before they are compared (Clark et al. 2019): heads that both leave a key out are alike there.
 SMOOTHING = 0.001
 
-# No role: a small distance is what is worth a look.
-HEAD_DISTANCE = HeadScore("head_distance", threshold=float("inf"))
+# No role follows: a small distance is what is worth a look.
+HEAD_DISTANCE = HeadScore("head_distance", unit="nats", range=f"0..{math.log(2):.4f}")
 
 
 def head_distance(pattern: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of each head to the head of its layer that is most like it, mean over rows.
+    """Measure how far each head is from the head of its layer that is most like it.
 
-    Smoothed with 0.001 (Clark et al. 2019). In nats, 0..ln 2; 0: another head does the same. NaN for a single head.
+    Jensen-Shannon divergence, mean over rows, after 0.001 has been added to each weight (Clark et al. 2019). In nats,
+    0..ln 2; 0: another head does the same. NaN for a single head.
 
     Args:
         pattern: (H, Q, K).
@@ -36,7 +38,7 @@ def head_distance(pattern: Tensor) -> Tensor:
     """
     H = len(pattern)
     if H < 2:
-        return torch.full((H,), torch.nan)
+        return torch.full((H,), torch.nan, dtype=torch.float32)
     p = pattern.double() + SMOOTHING
     p = p / p.sum(-1, keepdim=True)
     entropy = torch.special.entr(p).sum(-1)  # (H, Q)
@@ -48,7 +50,7 @@ def head_distance(pattern: Tensor) -> Tensor:
 
 
 def rollout(patterns: Sequence[Tensor]) -> list[Tensor]:
-    """Attention rollout (Abnar and Zuidema 2020): how much of each token's place, after each layer, is of each token.
+    """Roll attention out (Abnar and Zuidema 2020): how much of each token's place, after each layer, is of each token.
 
     R_l = norm_rows(mean over heads of A_l + I) R_{l-1}.
 
@@ -68,7 +70,7 @@ def rollout(patterns: Sequence[Tensor]) -> list[Tensor]:
 
 
 def token_spread(x: Tensor) -> float:
-    """Norm of what tokens do not share, |X - 1 x^T| / |X| (Frobenius), x the mean token: 0 when all have become one.
+    """Measure what tokens do not share, |X - 1 x^T| / |X| (Frobenius), x the mean token: 0 when all have become one.
 
     Its fall from layer to layer is rank collapse (Dong et al. 2021), which is not entropy collapse.
 
@@ -80,11 +82,14 @@ def token_spread(x: Tensor) -> float:
 
 
 class LayerOutputs:
-    """Context that takes ``token_spread`` of what the numbered modules of a model put out: the layers of its stacks.
+    """Context that measures ``token_spread`` of what the numbered modules of a model put out: the layers of its stacks.
 
     Args:
-        model: called on one sequence.
-        n_tokens: of the sequence.
+        model: model that is called on one sequence.
+        n_tokens: number of tokens of the sequence.
+
+    Attributes:
+        spread: path of a numbered module -> spread of the tokens that it put out last.
     """
 
     def __init__(self, model: nn.Module, n_tokens: int) -> None:
@@ -99,6 +104,28 @@ class LayerOutputs:
     def __exit__(self, *exception: Any) -> None:
         self._handle.remove()
 
+    def measure(self, sites: Mapping[str, SiteMeasurement]) -> None:
+        """Give sites what is measured of layers as a whole.
+
+        That is ``head_distance`` of heads, ``token_spread`` of layers (NaN where an output was not seen), and
+        rollout in each stack of self-attention whose maps are all of one size.
+
+        Args:
+            sites: module path -> what was measured there, with patterns, in order of execution.
+        """
+        stack_of = dict(zip(sites, stacks(list(sites), [site.is_cross for site in sites.values()]), strict=True))
+        for path, site in sites.items():
+            if site.pattern is not None:
+                site.scores[HEAD_DISTANCE.name] = [head_distance(site.pattern)[None]]
+            site.layer_values["token_spread"] = self.spread.get(layer_of(path, stack_of[path]), math.nan)
+        for stack in set(stack_of.values()):
+            of_stack = [site for path, site in sites.items() if stack_of[path] == stack and not site.is_cross]
+            patterns = [site.pattern for site in of_stack if site.pattern is not None]
+            sizes = {size for pattern in patterns for size in pattern.shape[1:]}
+            if len(patterns) == len(of_stack) and len(sizes) == 1:  # all are T x T
+                for site, rolled in zip(of_stack, rollout(patterns), strict=True):
+                    site.rollout = rolled
+
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self._names.get(module, "")
         x = output[0] if isinstance(output, tuple) and output else output
@@ -111,29 +138,8 @@ class LayerOutputs:
 
 
 def layer_of(site: str, stack: str) -> str:
-    """Path of the layer that an attention module is in: up to the number by which the sites of its stack differ."""
+    """Find the layer that a site is in: its path up to the number by which the sites of its stack differ."""
     parts, template = site.split("."), stack.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
     differing = [i for i in numbered if i < len(template) and template[i] == "*"]
     return ".".join(parts[: ([*differing, *numbered[-1:], -1][0]) + 1])
-
-
-def with_layers(snapshot: Snapshot, outputs: LayerOutputs) -> Snapshot:
-    """A snapshot with ``head_distance`` of every head, ``token_spread`` of every layer, and rollout of every stack."""
-    layers = [layer_of(site, stack) for site, stack in zip(snapshot.sites, snapshot.stacks, strict=True)]
-    rolled: dict[str, Tensor] = {}
-    for stack in dict.fromkeys(snapshot.stacks):
-        sites = [i for i, of in enumerate(snapshot.stacks) if of == stack and not snapshot.is_cross[i]]
-        patterns = [snapshot.patterns[i] for i in sites]
-        if len({size for pattern in patterns for size in pattern.shape[1:]}) == 1:  # all are T x T
-            rolled |= dict(zip((snapshot.labels[i] for i in sites), rollout(patterns), strict=True))
-    return replace(
-        snapshot,
-        values=[
-            {**values, HEAD_DISTANCE.name: head_distance(pattern)}
-            for values, pattern in zip(snapshot.values, snapshot.patterns, strict=True)
-        ],
-        scores=[*snapshot.scores, HEAD_DISTANCE],
-        layers={"token_spread": [outputs.spread.get(layer, math.nan) for layer in layers]},
-        rollout=rolled,
-    )

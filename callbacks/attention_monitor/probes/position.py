@@ -6,18 +6,24 @@ from torch import Tensor
 from ..capturing.attention_call import AttentionCall
 from ..snapshots import HeadScore
 from ..statistics.row_blocks import RowBlock, spans
+from ..traits import POSITIONAL, SINK
 
-# Mean weight on the first token (Gu et al. 2024); share of rows whose largest weight is at one offset (Voita et al.
-# 2019).
-POSITION_SCORES = (HeadScore("sink", 0.3, is_written=False), HeadScore("positional", 0.9, is_written=False))
-
+# mean weight on the first token; share of rows whose largest weight is at one offset
+POSITION_SCORES = (
+    HeadScore("sink", threshold=SINK.threshold, is_written=False),
+    HeadScore("positional", threshold=POSITIONAL.threshold, is_written=False),
+)
 
 # In a shorter text uniform causal attention comes close to a sink: mean weight on the first of 9 tokens is 0.31.
 MIN_TOKENS = 16
 
 
 def position_scores(call: AttentionCall) -> dict[str, Tensor]:
-    """``sink`` (B, H) and ``positional`` (1, H); none of a text that is too short to tell."""
+    """Score heads by position: ``sink`` (B, H) and ``positional`` (1, H); nothing for a text that is too short to tell.
+
+    ``sink`` is the mean weight on the first token (Gu et al. 2024); ``positional`` is the largest share of rows whose
+    largest weight is at one offset (Voita et al. 2019).
+    """
     B, H, Q, _ = call.shape
     K = call.n_positions
     if Q < MIN_TOKENS:

@@ -13,12 +13,9 @@ from torch import Tensor
 from ..capturing.attention_call import AttentionCall
 from ..errors import AttentionMonitorError, is_whole
 from ..snapshots import HeadScore
+from ..traits import ABOVE_BASELINE
 from .base import EncodedProbe, Probe, ProbeBatch, is_of_tokens
 from .tokens import checked_tokenizer, token_ids, token_spans
-
-# A head follows a relation when it beats the best fixed offset by this (Voita et al. 2019).
-ABOVE_BASELINE = 0.1
-
 
 # a pair of a relation: query, key, name; both a position, or a span of characters, or a word that occurs once
 Pair = tuple[Any, Any, str]
@@ -98,7 +95,7 @@ class RelationProbe(Probe):
         scores = []
         for name, n in totals.items():
             offset, most = counts[name].most_common(1)[0]
-            scores.append(HeadScore(name, most / n + ABOVE_BASELINE, n, most / n, offset))
+            scores.append(HeadScore(name, threshold=most / n + ABOVE_BASELINE, n=n, baseline=most / n, offset=offset))
         return EncodedProbe(self.name, batches, scores, every=self.every)
 
 

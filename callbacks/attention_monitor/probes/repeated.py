@@ -11,11 +11,15 @@ from torch import Tensor
 from ..capturing.attention_call import AttentionCall
 from ..errors import AttentionMonitorError, is_whole
 from ..snapshots import HeadScore
+from ..traits import DUPLICATE_TOKEN, INDUCTION, PREVIOUS_TOKEN
 from .base import EncodedProbe, Probe, ProbeBatch, is_of_tokens
 from .tokens import vocab_size_of
 
-# No threshold has been published for these: most of a head's weight is there.
-REPEAT_SCORES = (HeadScore("induction", 0.5), HeadScore("duplicate_token", 0.5), HeadScore("previous_token", 0.5))
+REPEAT_SCORES = (
+    HeadScore("induction", threshold=INDUCTION.threshold),
+    HeadScore("duplicate_token", threshold=DUPLICATE_TOKEN.threshold),
+    HeadScore("previous_token", threshold=PREVIOUS_TOKEN.threshold),
+)
 
 
 @dataclass(frozen=True)

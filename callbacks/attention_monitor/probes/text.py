@@ -9,6 +9,7 @@ import torch
 from ..errors import AttentionMonitorError
 from ..statistics.maps import MAX_MAP_SIZE
 from .base import EncodedProbe, Probe, ProbeBatch
+from .layer_measures import HEAD_DISTANCE
 from .position import POSITION_SCORES, position_scores
 from .tokens import checked_tokenizer, token_ids, token_labels
 
@@ -69,4 +70,4 @@ class LayerProbe(TextProbe):
             raise AttentionMonitorError(
                 f"A LayerProbe's text may have {MAX_MAP_SIZE} tokens at most, got {n}; give a shorter one."
             )
-        return replace(encoded, with_layers=True)
+        return replace(encoded, scores=[*encoded.scores, HEAD_DISTANCE], with_layers=True)

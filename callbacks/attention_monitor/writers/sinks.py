@@ -1,8 +1,8 @@
 """Where a writer writes to: one class for each kind of logger."""
 
 import io
-from os import PathLike
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,30 +11,68 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from ..errors import AttentionMonitorError
 
 
-class Sink(Protocol):
-    """Where a writer writes to.
+class Sink(ABC):
+    """Somewhere to write to. Subclasses register themselves; the newest is asked first what it writes to.
 
     Attributes:
-        in_background: scalars may be written from the writer's thread.
-        takes_images: pictures are worth drawing.
+        in_background: whether scalars may be written from the writer's thread.
+        takes_images: whether pictures are worth drawing.
     """
 
-    in_background: bool
-    takes_images: bool
+    in_background: bool = False  # most loggers are not made for threads
+    takes_images: bool = False
 
-    def scalars(self, values: dict[str, float], step: int) -> None: ...
+    def __init_subclass__(cls) -> None:
+        SINKS.insert(0, cls)
 
-    def image(self, tag: str, pixels: np.ndarray, step: int) -> None: ...
+    @classmethod
+    @abstractmethod
+    def for_logger(cls, logger: Any) -> "Sink | None":
+        """Make a sink that writes to a logger; None for a logger of another kind."""
 
-    def text(self, tag: str, markdown: str, step: int) -> None: ...
+    @abstractmethod
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write numbers by their tags."""
 
-    def layout(self, layout: dict[str, dict[str, list[str]]]) -> None: ...
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:  # noqa: B027 - writes nothing unless overridden
+        """Write a picture, (height, width, 3) uint8."""
 
-    def flush(self) -> None: ...
+    def text(self, tag: str, markdown: str, step: int) -> None:  # noqa: B027 - writes nothing unless overridden
+        """Write a text in Markdown."""
+
+    def layout(self, layout: dict[str, dict[str, list[str]]]) -> None:  # noqa: B027 - writes nothing unless overridden
+        """Write which curves share a chart: name -> layer -> regular expressions for tags."""
+
+    def flush(self) -> None:  # noqa: B027 - writes nothing unless overridden
+        """Have everything on disk."""
 
 
-class TensorBoardSink:
-    """Writes to a ``torch.utils.tensorboard.SummaryWriter``.
+SINKS: list[type[Sink]] = []
+
+
+class LoggerSink(Sink):
+    """Writes to any Lightning logger: scalars through ``log_metrics``, pictures where it has ``log_image``.
+
+    Texts and layouts are left out: each logger has its own idea of a text.
+    """
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+        self.takes_images = hasattr(logger, "log_image")
+
+    @classmethod
+    def for_logger(cls, logger: Any) -> "LoggerSink | None":
+        return cls(logger) if hasattr(logger, "log_metrics") else None
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        self.logger.log_metrics(values, step=step)
+
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        self.logger.log_image(key=tag, images=[pixels], step=step)
+
+
+class TensorBoardSink(Sink):
+    """Writes to a ``SummaryWriter`` of torch, or to a Lightning logger that has one.
 
     In one event for hundreds of heads: ``add_scalar`` writes one for each, and ``add_image`` converts the pixels twice.
     """
@@ -44,6 +82,13 @@ class TensorBoardSink:
 
     def __init__(self, experiment: Any) -> None:
         self.experiment = experiment
+
+    @classmethod
+    def for_logger(cls, logger: Any) -> "TensorBoardSink | None":
+        for experiment in (logger, getattr(logger, "experiment", None)):
+            if hasattr(getattr(experiment, "file_writer", None), "add_summary"):
+                return cls(experiment)
+        return None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self._add([Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()], step)
@@ -71,33 +116,8 @@ class TensorBoardSink:
         self.experiment.flush()
 
 
-class LoggerSink:
-    """Writes to any Lightning logger: scalars through ``log_metrics``, pictures where it has ``log_image``."""
-
-    in_background = False  # loggers are not made for threads
-
-    def __init__(self, logger: Any) -> None:
-        self.logger = logger
-        self.takes_images = hasattr(logger, "log_image")
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self.logger.log_metrics(values, step=step)
-
-    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        self.logger.log_image(key=tag, images=[pixels], step=step)
-
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        pass  # each has its own idea of a text
-
-    def layout(self, layout: dict[str, dict[str, list[str]]]) -> None:
-        pass  # only TensorBoard has it
-
-    def flush(self) -> None:
-        pass
-
-
 def sinks_for(log_to: Any) -> list[Sink]:
-    """Sinks for a folder, a SummaryWriter, a Lightning logger, or a list of these; none for None.
+    """Make sinks for a SummaryWriter, a Lightning logger, or a list of these; none for None.
 
     Raises:
         AttentionMonitorError: on anything else.
@@ -106,15 +126,9 @@ def sinks_for(log_to: Any) -> list[Sink]:
         return [sink for one in log_to for sink in sinks_for(one)]
     if log_to is None:
         return []
-    if isinstance(log_to, str | PathLike) and str(log_to):
-        from torch.utils.tensorboard import SummaryWriter
-
-        return [TensorBoardSink(SummaryWriter(log_to))]
-    for experiment in (log_to, getattr(log_to, "experiment", None)):
-        if hasattr(getattr(experiment, "file_writer", None), "add_summary"):
-            return [TensorBoardSink(experiment)]
-    if not hasattr(log_to, "log_metrics"):
-        raise AttentionMonitorError(
-            f"Nothing can be logged to {log_to!r}: give a folder, a SummaryWriter, a Lightning logger, or a list."
-        )
-    return [LoggerSink(log_to)]
+    for kind in SINKS:
+        if (sink := kind.for_logger(log_to)) is not None:
+            return [sink]
+    raise AttentionMonitorError(
+        f"Nothing can be logged to {log_to!r}: give a folder, a SummaryWriter, a Lightning logger, or a list."
+    )

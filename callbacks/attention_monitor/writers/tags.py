@@ -1,73 +1,110 @@
-"""What is written under which name. The only module that makes tags."""
+"""What is written under which name. The only module that makes tags.
+
+attention_{statistic}/L00H03     one head
+attention_{statistic}/mean       mean over heads; of each stack of layers, where there are several, mean/{stack}
+attention_heads/{statistic}      layer x head matrix
+attention_maps/{source}          every map in one picture
+attention_{probe}_{score}/...    what a probe scores heads by, likewise
+attention_{probe}_{name}/L00     one layer
+attention_rollout/{probe}        attention rollout up to each layer, a picture
+attention_roles                  which heads have a role, and since when
+"""
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
+from ..errors import AttentionMonitorError
 from ..naming import head_name
-from ..snapshots import Snapshot
-from ..statistics.registry import STATISTICS
+from ..snapshots import Column, Snapshot
+
+ROLES = "attention_roles"
 
 
-@dataclass(frozen=True)
-class Column:
-    """Values that are written under one tag.
+def written_name(source: str, name: str) -> str:
+    """Name what is written of a source: its own names for training, with the probe's name before them for a probe."""
+    return name if source == "live" else f"{source}_{name}"
 
-    Attributes:
-        value: name in a snapshot's values.
-        range: of the values.
-        self_attention_only: there are none for cross-attention.
+
+def of_head(name: str, label: str, head: int) -> str:
+    """Tag a number of one head."""
+    return f"attention_{name}/{head_name(label, head)}"
+
+
+def of_mean(name: str, stack: str | None = None) -> str:
+    """Tag a mean over all heads, or over those of a stack."""
+    return f"attention_{name}/mean" if stack is None else f"attention_{name}/mean/{stack}"
+
+
+def of_layer(name: str, label: str) -> str:
+    """Tag a number of one layer."""
+    return f"attention_{name}/{label}"
+
+
+def of_matrix(name: str) -> str:
+    """Tag the picture with one number of every head."""
+    return f"attention_heads/{name}"
+
+
+def of_maps(source: str) -> str:
+    """Tag the picture with every map."""
+    return f"attention_maps/{source}"
+
+
+def of_rollout(source: str) -> str:
+    """Tag the picture of attention rollout."""
+    return f"attention_rollout/{source}"
+
+
+def require_distinct(names: Mapping[str, Sequence[str]]) -> None:
+    """Do nothing if all that is to be written has a name of its own.
+
+    Args:
+        names: source -> names of its columns.
+
+    Raises:
+        AttentionMonitorError: when two things would be written under one name.
     """
-
-    value: str
-    range: str
-    self_attention_only: bool
-
-
-def columns_of(snapshot: Snapshot, statistics: Sequence[str]) -> dict[str, Column]:
-    """What is written of a snapshot, by its name in tags."""
-    if not any(snapshot.values):
-        return {}
-    live = snapshot.source == "live"
-    prefix, written = ("", statistics) if live else (f"{snapshot.source}_", list(snapshot.values[0]))
-    scores = {score.name: score for score in snapshot.scores}
-    columns = {}
-    for name in written:
-        if name not in scores:
-            columns[prefix + name] = Column(name, STATISTICS[name].range, STATISTICS[name].self_attention_only)
-        elif scores[name].is_written:
-            columns[prefix + name] = Column(name, "0..1", True)
-    return columns
+    counts = Counter(written_name(source, name) for source, columns in names.items() for name in columns)
+    for name, n in sorted(counts.items()):
+        if n > 1:
+            raise AttentionMonitorError(
+                f"More than one statistic or probe would be written as attention_{name}; give the probe another name."
+            )
 
 
-def scalar_values(snapshot: Snapshot, columns: dict[str, Column]) -> dict[str, float]:
-    """tag -> value of every head, the mean over heads and over those of each stack; NaN is left out."""
+def written_columns(snapshot: Snapshot) -> dict[str, Column]:
+    """Select the columns that loggers get, by their names in tags."""
+    return {
+        written_name(snapshot.source, column.name): column for column in snapshot.columns.values() if column.is_written
+    }
+
+
+def scalar_values(snapshot: Snapshot) -> dict[str, float]:
+    """Collect tag -> number: of every head, means over heads and over those of each stack; NaN is left out."""
     tagged = {}
-    for name, column in columns.items():
-        for label, values in zip(snapshot.labels, snapshot.values, strict=True):
-            for head, value in enumerate(values[column.value].tolist()):
-                tagged[f"attention_{name}/{head_name(label, head)}"] = value
-        tagged[f"attention_{name}/mean"] = snapshot.mean(column.value)
-        stacks = list(dict.fromkeys(snapshot.stacks))
+    stacks = list(dict.fromkeys(snapshot.stacks))
+    for name, column in written_columns(snapshot).items():
+        for record, head, value in snapshot.heads(column.name):
+            tagged[of_head(name, record.label, head)] = value
+        tagged[of_mean(name)] = snapshot.mean(column.name)
         if len(stacks) > 1:
-            tagged |= {f"attention_{name}/mean/{stack}": snapshot.mean(column.value, stack) for stack in stacks}
-    for name, numbers in snapshot.layers.items():
-        labelled = zip(snapshot.labels, numbers, strict=True)
-        tagged |= {f"attention_{snapshot.source}_{name}/{label}": number for label, number in labelled}
+            tagged |= {of_mean(name, stack): snapshot.mean(column.name, stack) for stack in stacks}
+    for record in snapshot.records:
+        for name, number in record.layer_values.items():
+            tagged[of_layer(written_name(snapshot.source, name), record.label)] = number
     return {tag: value for tag, value in tagged.items() if not math.isnan(value)}
 
 
-def custom_scalars_layout(snapshot: Snapshot, columns: dict[str, Column]) -> dict[str, dict[str, list[str]]]:
-    """For TensorBoard's Custom Scalars tab: name -> layer -> the tags of its heads, as regular expressions."""
-
-    def tag(name: str, label: str, head: int) -> str:
-        return f"^{re.escape(f'attention_{name}/{head_name(label, head)}')}$"
-
+def custom_scalars_layout(snapshot: Snapshot) -> dict[str, dict[str, list[str]]]:
+    """Lay out TensorBoard's Custom Scalars tab: name -> layer -> the tags of its heads, as regular expressions."""
     return {
         name: {
-            label: [tag(name, label, head) for head in range(len(values[column.value]))]
-            for label, values in zip(snapshot.labels, snapshot.values, strict=True)
+            record.label: [
+                f"^{re.escape(of_head(name, record.label, head))}$" for head in range(len(record.values[column.name]))
+            ]
+            for record in snapshot.records
         }
-        for name, column in columns.items()
+        for name, column in written_columns(snapshot).items()
     }

@@ -1,23 +1,24 @@
 import json
 
 import pytest
-import torch
 
-from attention_monitor import STATISTICS, Snapshot
+from attention_monitor import STATISTICS
 from attention_monitor.diagnosis.detector import DETECTORS
 from attention_monitor.diagnosis.roles import HeadRoles
 from attention_monitor.diagnosis.runner import Diagnosis
 from attention_monitor.naming import head_name
 from attention_monitor.snapshots import HeadScore
 
+from ..made import made_snapshot
+
 
 def snapshot(step=0, **values):
     """Two layers of three healthy heads, with ``values`` in L01H02."""
     healthy = {"nonfinite_fraction": 0.0, "collapse_fraction": 0.1, "max_score": 5.0}
-    layers = [{name: torch.full((3,), value) for name, value in healthy.items()} for _ in range(2)]
+    layers = [{name: [value] * 3 for name, value in healthy.items()} for _ in range(2)]
     for name, value in values.items():
         layers[1][name][2] = value
-    return Snapshot(step, "live", ["L00", "L01"], ["h.0", "h.1"], layers)
+    return made_snapshot(step, "live", layers)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -53,11 +54,9 @@ def test_a_head_is_told_of_when_it_gets_into_trouble_and_then_no_more():
 
 
 def test_many_heads_in_trouble_are_counted_rather_than_listed():
-    layers = [
-        {"nonfinite_fraction": torch.ones(12), "collapse_fraction": torch.zeros(12), "max_score": torch.zeros(12)}
-    ]
+    layers = [{"nonfinite_fraction": [1.0] * 12, "collapse_fraction": [0.0] * 12, "max_score": [0.0] * 12}]
     diagnosis = Diagnosis()
-    [message] = diagnosis.explain(diagnosis.update(Snapshot(0, "live", ["L00"], ["h.0"], layers)))
+    [message] = diagnosis.explain(diagnosis.update(made_snapshot(0, "live", layers)))
     assert "L00H07 (100% of rows) and 4 more." in message
 
 
@@ -68,8 +67,8 @@ def test_heads_outside_a_plain_stack_are_named_by_their_path():
 
 
 def scored(step, *values, source="text", threshold=0.5):
-    scores = [HeadScore("previous_token", threshold)]
-    return Snapshot(step, source, ["L00"], ["h.0"], [{"previous_token": torch.tensor(values)}], scores=scores)
+    scores = [HeadScore("previous_token", threshold=threshold)]
+    return made_snapshot(step, source, [{"previous_token": values}], columns=scores)
 
 
 def test_a_head_has_a_role_since_the_step_at_which_it_reached_the_threshold():

@@ -108,8 +108,9 @@ def test_a_layer_probe_shows_where_tokens_become_one():
     assert snapshot.layers["token_spread"] == pytest.approx(expected)
     assert expected[2] < expected[1] < expected[0]
     assert list(snapshot.rollout) == ["L00", "L01", "L02"]
-    torch.testing.assert_close(snapshot.rollout["L02"], rollout(snapshot.patterns)[2])
-    torch.testing.assert_close(snapshot.values[1]["head_distance"], head_distance(snapshot.patterns[1]))
+    patterns = [torch.from_numpy(pattern) for pattern in snapshot.patterns]
+    np.testing.assert_array_equal(snapshot.rollout["L02"], rollout(patterns)[2])
+    np.testing.assert_array_equal(snapshot.values[1]["head_distance"], head_distance(patterns[1]))
     assert nn.modules.module._global_forward_hooks == {}
 
 

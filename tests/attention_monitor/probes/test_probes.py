@@ -1,6 +1,7 @@
 import collections
 import math
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def everything(model):
 def test_running_a_probe_leaves_no_trace():
     model = Meddler()
     before = everything(model)
-    encoded(torch.tensor([[1, 2]])).run(model)
+    encoded(torch.tensor([[1, 2]])).run(model, nullcontext())
     assert everything(model) == before
 
 
@@ -155,7 +156,7 @@ def test_a_text_without_a_tokenizer_or_without_tokens_is_refused():
 
 def test_a_model_that_does_not_take_the_probe_is_named_with_its_own_complaint():
     with pytest.raises(AttentionMonitorError, match=r"'text' of shape \(1, 2\) .* Linear: RuntimeError: .*shape"):
-        encoded(torch.tensor([[1.0, 2.0]])).run(nn.Linear(5, 1))
+        encoded(torch.tensor([[1.0, 2.0]])).run(nn.Linear(5, 1), nullcontext())
 
 
 def test_tensors_of_a_batch_reach_the_model_as_they_are_written():
@@ -166,7 +167,7 @@ def test_tensors_of_a_batch_reach_the_model_as_they_are_written():
             seen.append((args, kwargs))
 
     for batch in (torch.zeros(2), (torch.zeros(2), 3), {"x": torch.zeros(2), "y": None}):
-        BatchProbe(batch).encode().run(Spy())
+        BatchProbe(batch).encode().run(Spy(), nullcontext())
     assert [(len(args), sorted(kwargs)) for args, kwargs in seen] == [(1, []), (2, []), (0, ["x", "y"])]
     with pytest.raises(AttentionMonitorError, match="a tensor, a tuple of arguments or a dict of them, got int"):
         BatchProbe(3).encode()
@@ -443,9 +444,9 @@ def test_a_model_that_puts_a_token_before_the_text_has_no_scores_by_position_of_
             return super().forward(F.pad(tokens, (1, 0)))
 
     values = run_probe(Prefixed(lookback(1)), RelationProbe([([1, 2, 3], [(2, 1, "a")])])).values[0]
-    assert values["a"].isnan().all()
+    assert np.isnan(values["a"]).all()
     values = run_probe(Prefixed(lookback(1)), RepeatedTokensProbe(90)).values[0]
-    assert values["induction"].isnan().all()
+    assert np.isnan(values["induction"]).all()
     assert run_probe(Prefixed(lookback(1)), TextProbe("hello" * 4, BYTES)).values[0]["positional"].item() == 1
 
 
@@ -488,7 +489,7 @@ def test_a_buffer_that_is_registered_on_the_way_is_taken_out_again():
             return x + self.cache
 
     model = Lazy()
-    BatchProbe(torch.zeros(3)).encode().run(model)
+    BatchProbe(torch.zeros(3)).encode().run(model, nullcontext())
     assert dict(model.named_buffers()) == {}
     model(torch.zeros(5))
 
@@ -629,7 +630,7 @@ def test_a_model_that_writes_into_its_inputs_does_not_change_the_probe():
     given = torch.randn(2, 6, 8)
     before, probe = given.clone(), BatchProbe(given)
     first, second = (run_probe(Norm(), probe, statistics=["entropy"]).values[0]["entropy"] for _ in range(2))
-    assert torch.equal(first, second)
+    np.testing.assert_array_equal(first, second)
     assert torch.equal(given, before)
 
 

@@ -1,38 +1,29 @@
 import re
 import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from attention_monitor import Snapshot
 from attention_monitor.snapshots import HeadScore
-from attention_monitor.writers.sinks import LoggerSink, TensorBoardSink, sinks_for
-from attention_monitor.writers.tags import columns_of, custom_scalars_layout, scalar_values
+from attention_monitor.writers.sinks import SINKS, LoggerSink, Sink, TensorBoardSink, sinks_for
+from attention_monitor.writers.tags import custom_scalars_layout, scalar_values
 from attention_monitor.writers.writer import Writer
+
+from ..made import column, made_snapshot
 
 STATISTICS = ("entropy", "diagonal_mean")
 
 
-def scalars(snapshot):
-    return scalar_values(snapshot, columns_of(snapshot, STATISTICS))
-
-
-def layout_of(snapshot):
-    return custom_scalars_layout(snapshot, columns_of(snapshot, ["entropy"]))
-
-
 def snapshot(step=0, labels=("L00", "L01"), **options):
-    values = [
-        {"entropy": torch.tensor([1.0, 2.0]) + step, "diagonal_mean": torch.tensor([0.5, float("nan")])} for _ in labels
-    ]
-    return Snapshot(step, "live", list(labels), list(labels), values, **options)
+    values = [{"entropy": [1.0 + step, 2.0 + step], "diagonal_mean": [0.5, float("nan")]} for _ in labels]
+    return made_snapshot(step, "live", values, labels, **options)
 
 
 def probe(step=0):
-    return Snapshot(step, "text", ["L00"], ["h.0"], [{}], [torch.eye(3)[None]], ["a", "b", "c"])
+    return made_snapshot(step, "text", [{}], tokens=["a", "b", "c"], patterns=[np.eye(3)[None]])
 
 
 class ListSink:
@@ -60,7 +51,7 @@ class ListSink:
 
 
 def test_tags_name_statistic_layer_and_head_and_nan_is_left_out():
-    assert scalars(snapshot()) == {
+    assert scalar_values(snapshot()) == {
         "attention_entropy/L00H00": 1.0,
         "attention_entropy/L00H01": 2.0,
         "attention_entropy/L01H00": 1.0,
@@ -70,12 +61,12 @@ def test_tags_name_statistic_layer_and_head_and_nan_is_left_out():
         "attention_diagonal_mean/L01H00": 0.5,
         "attention_diagonal_mean/mean": 0.5,
     }
-    assert "attention_entropy/enc.attn/H01" in scalars(snapshot(labels=["enc.attn"]))
+    assert "attention_entropy/enc.attn/H01" in scalar_values(snapshot(labels=["enc.attn"]))
 
 
 def test_the_whole_list_of_what_is_written():
     sink = ListSink()
-    writer = Writer([sink], STATISTICS)
+    writer = Writer([sink])
     writer.write(probe(0))
     writer.write(snapshot(0))
     writer.write(snapshot(5))
@@ -87,12 +78,12 @@ def test_the_whole_list_of_what_is_written():
     assert sink.calls == [
         ("image", 0, "attention_maps/text"),
         ("flush",),
-        ("scalars", 0, scalars(snapshot(0))),
+        ("scalars", 0, scalar_values(snapshot(0))),
         ("layout", layout),
         ("image", 0, "attention_heads/entropy"),
         ("image", 0, "attention_heads/diagonal_mean"),
         ("flush",),
-        ("scalars", 5, scalars(snapshot(5))),
+        ("scalars", 5, scalar_values(snapshot(5))),
         ("image", 5, "attention_heads/entropy"),
         ("image", 5, "attention_heads/diagonal_mean"),
         ("flush",),
@@ -101,7 +92,7 @@ def test_the_whole_list_of_what_is_written():
 
 def test_tensorboard_can_read_it_back(tmp_path):
     experiment = SummaryWriter(str(tmp_path))
-    writer = Writer([TensorBoardSink(experiment)], STATISTICS)
+    writer = Writer([TensorBoardSink(experiment)])
     for step in (0, 7):
         writer.write(probe(step))
         writer.write(snapshot(step))
@@ -126,7 +117,7 @@ def test_drawing_does_not_happen_on_the_callers_thread():
             self.calls.append(threading.current_thread().name)
 
     sink = Sink()
-    writer = Writer([sink], STATISTICS)
+    writer = Writer([sink])
     writer.write(probe())
     writer.close()
     assert sink.calls[0].startswith("attention-monitor")
@@ -142,7 +133,7 @@ def test_a_caller_that_is_too_far_ahead_waits_and_nothing_is_dropped():
             super().scalars(values, step)
 
     sink = Slow()
-    writer = Writer([sink], STATISTICS)
+    writer = Writer([sink])
     for step in range(4):
         writer.write(snapshot(step))
     ahead = threading.Thread(target=lambda: writer.write(snapshot(4)))
@@ -161,7 +152,7 @@ def test_a_failure_is_told_once_and_the_rest_is_written():
             raise OSError("disk full")
 
     sink = Broken()
-    writer = Writer([sink], STATISTICS)
+    writer = Writer([sink])
     with pytest.warns(UserWarning, match="AttentionMonitor could not write: OSError: disk full") as warned:
         for step in range(8):
             writer.write(snapshot(step))
@@ -176,7 +167,7 @@ def test_one_failing_sink_does_not_keep_the_others_from_writing():
             raise OSError("no connection")
 
     good = ListSink()
-    writer = Writer([Broken(), good], STATISTICS)
+    writer = Writer([Broken(), good])
     with pytest.warns(UserWarning, match="no connection"):
         writer.write(snapshot())
         writer.close()
@@ -196,20 +187,20 @@ class Logger:
 def test_other_loggers_get_scalars_on_the_training_thread():
     logger = Logger()
     assert isinstance(sinks_for(logger)[0], LoggerSink)
-    writer = Writer([sinks_for(logger)[0]], STATISTICS)
+    writer = Writer(sinks_for(logger))
     writer.write(snapshot(3))
     writer.close()
-    assert logger.calls == [(threading.current_thread().name, 3, scalars(snapshot(3)))]
+    assert logger.calls == [(threading.current_thread().name, 3, scalar_values(snapshot(3)))]
 
 
 def test_a_failing_picture_does_not_keep_scalars_from_being_written():
     sink = ListSink()
-    writer = Writer([sink], STATISTICS)
-    broken = snapshot(0, patterns=[torch.ones(2, 2)])  # not (H, Q, K)
+    writer = Writer([sink])
+    broken = snapshot(0, patterns=[np.ones((2, 2))] * 2)  # not (H, Q, K)
     with pytest.warns(UserWarning, match="could not write"):
         writer.write(broken)
         writer.close()
-    assert ("scalars", 0, scalars(broken)) in sink.calls
+    assert ("scalars", 0, scalar_values(broken)) in sink.calls
 
 
 def test_other_loggers_get_pictures_where_they_take_them():
@@ -218,22 +209,22 @@ def test_other_loggers_get_pictures_where_they_take_them():
             self.calls.append((key, step, [type(image) for image in images]))
 
     logger = PictureLogger()
-    writer = Writer([sinks_for(logger)[0]], STATISTICS)
+    writer = Writer(sinks_for(logger))
     writer.write(probe(3))
     writer.close()
     assert logger.calls == [("attention_maps/text", 3, [np.ndarray])]
 
 
 def test_the_layout_groups_the_heads_of_a_layer():
-    [pattern] = layout_of(snapshot(labels=["a.b[0]"]))["entropy"]["a.b[0]"][:1]
+    [pattern] = custom_scalars_layout(snapshot(labels=["a.b[0]"]))["entropy"]["a.b[0]"][:1]
     assert re.search(pattern, "attention_entropy/a.b[0]/H00")
-    layout = layout_of(snapshot(labels=["enc"]))
+    layout = custom_scalars_layout(snapshot(labels=["enc"], columns=["entropy"]))
     assert layout == {"entropy": {"enc": ["^attention_entropy/enc/H00$", "^attention_entropy/enc/H01$"]}}
 
 
 def test_a_picture_is_laid_out_anew_when_the_model_changes_shape():
     sink = ListSink()
-    writer = Writer([sink], STATISTICS)
+    writer = Writer([sink])
     writer.write(snapshot(0))
     writer.write(snapshot(1, labels=["L00", "L01", "L02"]))
     writer.close()
@@ -251,31 +242,26 @@ def test_cross_attention_has_no_row_in_the_matrix_of_a_statistic_that_makes_no_s
             super().__init__(n_heads, labels, title, value_range)
 
     monkeypatch.setattr(repainted, "HeadMatrix", Spy)
-    nan = torch.full((2,), torch.nan)
-    values = [
-        {"entropy": torch.ones(2), "diagonal_mean": torch.ones(2)},
-        {"entropy": nan, "diagonal_mean": nan},
-    ]
-    writer = Writer(sinks_for(tmp_path), ["entropy", "diagonal_mean"])
-    writer.write(Snapshot(0, "live", ["a", "b"], ["a", "b"], values, is_cross=[False, True]))
-    writer.write(Snapshot(1, "live", ["b"], ["b"], values[1:], is_cross=[True]))
+    nan = [float("nan")] * 2
+    values = [{"entropy": [1, 1], "diagonal_mean": [1, 1]}, {"entropy": nan, "diagonal_mean": nan}]
+    writer = Writer(sinks_for(SummaryWriter(tmp_path)))
+    writer.write(made_snapshot(0, "live", values, ["a", "b"], is_cross=[False, True]))
+    writer.write(made_snapshot(1, "live", values[1:], ["b"], is_cross=[True]))
     writer.close()
     assert drawn == [("entropy", ["a", "b"]), ("diagonal_mean", ["a"]), ("entropy", ["b"])]
 
 
 def test_what_a_layer_probe_finds_is_written_for_each_layer_with_its_rollout():
-    found = Snapshot(
+    found = made_snapshot(
         3,
         "layers",
-        ["L00", "L01"],
-        ["h.0", "h.1"],
-        [{"head_distance": torch.tensor([0.1, 0.2])}] * 2,
-        scores=[HeadScore("head_distance", float("inf"))],
-        layers={"token_spread": [0.9, float("nan")]},
-        rollout={"L00": torch.eye(3), "L01": torch.eye(3)},
+        [{"head_distance": [0.1, 0.2]}] * 2,
+        columns=[HeadScore("head_distance")],
+        layer_values=[{"token_spread": 0.9}, {"token_spread": float("nan")}],
+        rollouts=[np.eye(3)] * 2,
     )
     sink = ListSink()
-    writer = Writer([sink], STATISTICS)
+    writer = Writer([sink])
     writer.write(found)
     writer.close()
     [(_, step, values)] = [call for call in sink.calls if call[0] == "scalars"]
@@ -289,14 +275,51 @@ def test_what_a_layer_probe_finds_is_written_for_each_layer_with_its_rollout():
 
 def test_the_layout_has_what_every_source_shows():
     sink = ListSink()
-    writer = Writer([sink], ["entropy"])
-    writer.write(snapshot())
-    scores = [HeadScore("sharp", 0.5), HeadScore("hidden", 0.5, is_written=False)]
-    values = [{"sharp": torch.tensor([1.0]), "hidden": torch.tensor([1.0])}]
-    writer.write(Snapshot(0, "mine", ["L00"], ["h.0"], values, scores=scores))
+    writer = Writer([sink])
+    writer.write(snapshot(columns=["entropy", column("diagonal_mean", is_written=False)]))
+    scores = [HeadScore("sharp", threshold=0.5), HeadScore("hidden", threshold=0.5, is_written=False)]
+    writer.write(made_snapshot(0, "mine", [{"sharp": [1.0], "hidden": [1.0]}], columns=scores))
     writer.write_text("attention_roles", "| a |", 0)
     writer.close()
     layouts = [call[1] for call in sink.calls if call[0] == "layout"]
     assert [list(layout) for layout in layouts] == [["entropy"], ["entropy", "mine_sharp"]]
     assert layouts[1]["mine_sharp"] == {"L00": ["^attention_mine_sharp/L00H00$"]}
     assert sink.calls[-1] == ("text", 0, "attention_roles", "| a |")
+
+
+def test_a_logger_of_another_kind_is_one_class():
+    class Diary:
+        pages: ClassVar = []
+
+    class DiarySink(Sink):
+        @classmethod
+        def for_logger(cls, logger):
+            return cls() if isinstance(logger, Diary) else None
+
+        def scalars(self, values, step):
+            Diary.pages.append((step, values))
+
+    writer = Writer(sinks_for([Diary(), None]))
+    writer.write(snapshot(3))
+    writer.write_text("attention_roles", "| a |", 3)
+    writer.close()
+    assert Diary.pages == [(3, scalar_values(snapshot(3)))]
+    SINKS.remove(DiarySink)
+
+
+def test_maps_that_only_some_sites_have_are_drawn_with_their_own_labels(monkeypatch):
+    from attention_monitor.plots import repainted
+
+    drawn = []
+
+    class Spy(repainted.Mosaic):
+        def __init__(self, shapes, labels, *options):
+            drawn.append(labels)
+            super().__init__(shapes, labels, *options)
+
+    monkeypatch.setattr(repainted, "Mosaic", Spy)
+    sink = ListSink()
+    writer = Writer([sink])
+    writer.write(made_snapshot(0, "live", [{}, {}], columns=[], patterns=[None, np.eye(3)[None]]))
+    writer.close()
+    assert drawn == [["L01"]]

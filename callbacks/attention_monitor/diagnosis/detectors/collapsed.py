@@ -1,15 +1,18 @@
 """Weight on one key."""
 
-from typing import ClassVar
+from collections.abc import Iterator
 
-from torch import Tensor
-
+from ...snapshots import Snapshot
+from ...traits import COLLAPSED
 from ..detector import Detector
+from ..finding import Finding
 
 
 class Collapsed(Detector):
+    """Finds heads of which more than half of the rows put nearly all weight on one key."""
+
     kind = "collapsed attention"
-    severity: ClassVar = "warning"
+    severity = "warning"
     statistics = ("collapse_fraction", "max_score")
     advice = (
         "More than half of the rows put over 0.95 of their weight on one key. A previous-token or induction head may "
@@ -17,8 +20,7 @@ class Collapsed(Detector):
         "lower learning rate, warm-up or QK-norm helps."
     )
 
-    def troubled(self, values: dict[str, Tensor]) -> Tensor:
-        return values["collapse_fraction"] > 0.5
-
-    def describe(self, values: dict[str, float]) -> str:
-        return f"{values['collapse_fraction']:.0%} of rows, max score {values['max_score']:.4g}"
+    def look(self, snapshot: Snapshot) -> Iterator[Finding]:
+        for record, head in snapshot.where(COLLAPSED):
+            fraction, score = (float(record.values[name][head]) for name in self.statistics)
+            yield self.finding(snapshot, record, head, f"{fraction:.0%} of rows, max score {score:.4g}")

@@ -1,23 +1,24 @@
 """NaN and infinity."""
 
-from typing import ClassVar
+from collections.abc import Iterator
 
-from torch import Tensor
-
+from ...snapshots import Snapshot
+from ...traits import NON_FINITE
 from ..detector import Detector
+from ..finding import Finding
 
 
 class NonFinite(Detector):
+    """Finds heads with NaN or infinity in queries, scores or pattern."""
+
     kind = "non-finite attention"
-    severity: ClassVar = "error"
+    severity = "error"
     statistics = ("nonfinite_fraction",)
     advice = (
         "NaN or infinity in queries, keys or scores: look for an overflow in half precision, non-finite weights or "
         "inputs, a learning rate that is too high; the lowest layer named is where it began."
     )
 
-    def troubled(self, values: dict[str, Tensor]) -> Tensor:
-        return values["nonfinite_fraction"] > 0
-
-    def describe(self, values: dict[str, float]) -> str:
-        return f"{values['nonfinite_fraction']:.0%} of rows"
+    def look(self, snapshot: Snapshot) -> Iterator[Finding]:
+        for record, head in snapshot.where(NON_FINITE):
+            yield self.finding(snapshot, record, head, f"{record.values['nonfinite_fraction'][head]:.0%} of rows")
