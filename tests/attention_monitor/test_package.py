@@ -40,10 +40,11 @@ def modules_imported(module):
 
 # A room is a module, or a folder, and imports from rooms before it. From a model to a Snapshot all is torch; from a
 # Snapshot to people all is numpy; the last rooms join the two. Those in brackets are not built yet.
-TORCH = ["errors", "naming", "traits", "snapshots", "capturing", "statistics", "probes"]
-NUMPY = ["errors", "naming", "traits", "snapshots", "[history]", "diagnosis", "plots", "writers", "[tensorboard_tab]"]
+GROUND = ["discovery", "errors", "naming", "traits", "snapshots"]
+TORCH = [*GROUND, "capturing", "statistics", "probes"]
+NUMPY = [*GROUND, "[history]", "diagnosis", "plots", "writers", "[tensorboard_tab]"]
 JOINED = ["monitoring", "analysis", "[cli]"]
-TAB = ["errors", "naming", "traits", "snapshots", "history"]
+TAB = [*GROUND, "history"]
 
 
 def room_of(module):

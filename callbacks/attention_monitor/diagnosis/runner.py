@@ -1,8 +1,6 @@
 """Runs the detectors over snapshots, and tells what is new."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
+from ..discovery import load_modules
 from ..errors import Once
 from ..naming import listed
 from ..snapshots import Snapshot
@@ -10,8 +8,7 @@ from . import detectors
 from .detector import DETECTORS
 from .finding import Finding
 
-for _found in iter_modules(detectors.__path__):
-    import_module(f"{detectors.__name__}.{_found.name}")  # each registers itself
+load_modules(detectors)
 
 MAX_NAMED = 8  # heads in one message, which fill two or three lines of a terminal
 

@@ -7,15 +7,19 @@ here and nothing else.
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from .. import probes
 from ..diagnosis.roles import HeadRoles
+from ..discovery import load_modules
 from ..errors import AttentionMonitorError, is_whole
 from ..probes.base import Probe
 from ..probes.text import TextProbe
 from ..statistics.catalogue import DEFAULT_STATISTICS, resolve_statistics
 from ..statistics.registry import Statistic
+
+load_modules(probes)  # so that LightningCLI knows each by its name
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,11 @@ class Options:
     def probes(self) -> list[Probe]:
         """The probes; a text is a ``TextProbe``."""
         given = self.probe
-        probes: list[Any] = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-        texts = [i for i, probe in enumerate(probes) if isinstance(probe, str)]
+        listed: list[Any] = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+        texts = [i for i, probe in enumerate(listed) if isinstance(probe, str)]
         for n, i in enumerate(texts, start=1):
-            probes[i] = TextProbe(probes[i], name="text" if n == 1 else f"text_{n}")
-        return probes
+            listed[i] = TextProbe(listed[i], name="text" if n == 1 else f"text_{n}")
+        return listed
 
     @property
     def resolved_statistics(self) -> list[Statistic]:
@@ -136,6 +140,7 @@ def takes_after_one(
 
 
 def _with_arguments_of(options: Callable[..., Any], init: Callable[..., None]) -> Callable[..., None]:
+    kinds = [kind for kind in inspect.getmro(options) if is_dataclass(kind)]  # type: ignore[arg-type]
     *own, _ = inspect.signature(init).parameters.values()
     signature = inspect.Signature([*own, *inspect.signature(options).parameters.values()])
 
@@ -150,6 +155,6 @@ def _with_arguments_of(options: Callable[..., Any], init: Callable[..., None]) -
     # what tools read that show or check arguments: help(), editors at run time, LightningCLI
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     __init__.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    __init__.__doc__ = inspect.getdoc(options)
+    __init__.__doc__ = "\n\n".join(inspect.cleandoc(kind.__doc__ or "") for kind in reversed(kinds))
     __init__.__module__, __init__.__qualname__ = init.__module__, init.__qualname__
     return __init__
