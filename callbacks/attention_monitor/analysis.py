@@ -149,7 +149,7 @@ def attention_maps(
     encoded = probe.encode(tokenizer)
     calls = encoded.run(model, capture(model, sites))
     order, stacks, labels = in_order([call.site for call in calls], [not call.is_self_attention for call in calls])
-    return AttentionMaps([calls[i].first(1) for i in order], labels, stacks, encoded.labels)
+    return AttentionMaps([calls[i].first_sequences(1) for i in order], labels, stacks, encoded.labels)
 
 
 def top_attended(pattern: Tensor, k: int) -> list[list[tuple[int, float]]]:

@@ -75,12 +75,12 @@ class AttentionCall:
 
     @property
     def device(self) -> torch.device:
-        return self.given.device
+        return self.query_or_scores.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """float32, or float64 for a float64 model: half precision is never accumulated in."""
-        return torch.promote_types(self.given.dtype, torch.float32)
+        return torch.promote_types(self.query_or_scores.dtype, torch.float32)
 
     @property
     def is_self_attention(self) -> bool:
@@ -128,7 +128,7 @@ class AttentionCall:
             last = int(seen[-1]) if len(seen) else last
         return max(0, last - (Q - 1))
 
-    def first(self, n: int) -> "AttentionCall":
+    def first_sequences(self, n: int) -> "AttentionCall":
         """The same call on the first ``n`` sequences only."""
         return replace(
             self,
@@ -157,8 +157,8 @@ class AttentionCall:
             allowed: bool, broadcastable to ``scores``: which keys a row may see.
         """
         if self.model_scores is not None:
-            given = self.model_scores[:, :, start:stop]
-            return _at_least(hidden, given.to(self.compute_dtype), out), ~(given <= self._limit)
+            query_or_scores = self.model_scores[:, :, start:stop]
+            return _at_least(hidden, query_or_scores.to(self.compute_dtype), out), ~(query_or_scores <= self._limit)
         scores = self._scaled_products(start, stop, out)  # (B, H, R, K')
         R, K = scores.shape[2:]
         allowed = torch.ones((R, K), dtype=torch.bool, device=scores.device)
@@ -266,11 +266,11 @@ class AttentionCall:
         return mask_limit(self.model_scores)
 
     @property
-    def given(self) -> Tensor:
+    def query_or_scores(self) -> Tensor:
         """The queries, or else the scores."""
-        given = self.model_scores if self.model_scores is not None else self.query
-        assert given is not None
-        return given
+        query_or_scores = self.model_scores if self.model_scores is not None else self.query
+        assert query_or_scores is not None
+        return query_or_scores
 
 
 def _at_least(lowest: float, scores: Tensor, out: Tensor | None) -> Tensor:

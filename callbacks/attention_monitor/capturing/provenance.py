@@ -1,7 +1,7 @@
 """Where the tensors of a running forward come from, as far as it takes to tell attention from other products.
 
-Every torch function that a model calls leaves an ``Origin`` for its results. From them follows whether queries and
-keys come from the same sequence, and whether what goes into a softmax are scores.
+Every torch function that a model calls leaves an ``Origin`` for its results. From the origins follows whether queries
+and keys come from the same sequence, and whether what goes into a softmax are scores.
 """
 
 import itertools
@@ -11,54 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Products of two tensors, either of which may be a weight.
-PRODUCTS = {
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-    torch.bmm,
-    Tensor.bmm,
-    torch.mm,
-    Tensor.mm,
-    torch.addmm,
-    Tensor.addmm,
-    torch.baddbmm,
-    Tensor.baddbmm,
-    torch.einsum,
-}
-
-
-# Products with weights.
-_LAYERS = {F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d}
-
-
-# Nothing that comes out of these is a product of queries and keys any more.
-_MIXERS = {
-    F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, torch.lstm, torch.gru, torch.rnn_tanh,
-    torch.rnn_relu, torch.lstm_cell, torch.gru_cell,
-}  # fmt: skip
-
-
-_TIMES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-
-
-_SUM = {torch.sum, Tensor.sum}
-
-
-# Leave what a tensor carries as it is.
-HARMLESS = {
-    F.dropout, torch.dropout, F.alpha_dropout, F.feature_alpha_dropout, Tensor.to, Tensor.float, Tensor.half,
-    Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as, Tensor.contiguous, Tensor.clone, torch.clone,
-    Tensor.detach, Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute, Tensor.transpose,
-    torch.transpose, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.unsqueeze, torch.unsqueeze,
-    Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.expand, Tensor.movedim, torch.movedim, Tensor.swapaxes,
-    Tensor.narrow, torch.narrow, Tensor.view_as, Tensor.expand_as, Tensor.t, torch.t,
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
-}  # fmt: skip
+from .running_modules import Frame
+from .torch_functions import HARMLESS, KINDS, MAY_MIX_HEADS, Kind
 
 
 @dataclass(slots=True, eq=False)
@@ -66,14 +22,15 @@ class Origin:
     """How a tensor came about.
 
     Attributes:
-        serial: grows with time; 0 for what was there before anything was seen.
-        parents: of the tensors it was computed from.
-        is_data: depends on more than a weight: on data, or on several weights in turn.
-        is_known: made by a function that was seen, or a weight.
-        is_projection: product with a weight.
-        shape: of the tensor.
-        product: origins of the two tensors whose product it still is, but for bias, mask, scale and shape.
-        factors: origins of the two tensors that were multiplied entry by entry; their sum is a product.
+        serial: number that grows with time; 0 for a tensor that was there before anything was seen.
+        parents: origins of the tensors it was computed from.
+        is_data: whether it depends on more than one weight: on data, or on several weights in turn.
+        is_known: whether it was made by a function that was seen, or is a weight.
+        is_projection: whether it is a product with a weight.
+        shape: shape of the tensor.
+        product: origins of the two tensors that the tensor is a product of. It stays their product when a bias or a
+            mask is added, when it is scaled, and when it is reshaped.
+        factors: origins of the two tensors that were multiplied entry by entry; the sum of the entries is a product.
     """
 
     serial: int
@@ -86,127 +43,144 @@ class Origin:
     factors: "tuple[Origin, Origin] | None" = None
 
 
-@dataclass
-class Frame:
-    """A module whose forward is running.
+class Attachment(Protocol):
+    """What a recogniser attaches to a tensor, to find it again on what is computed from the tensor."""
 
-    Attributes:
-        name: path of the module.
-        module: the module.
-        start: serial number of the first tensor made in it.
-    """
+    def handed_on(self, tensor: Tensor, changed: bool) -> "Attachment | None":
+        """Return what a tensor gets that was computed from this one, other than by a product.
 
-    name: str
-    module: nn.Module
-    start: int
-
-
-class Carried(Protocol):
-    """What a recogniser attaches to a tensor."""
-
-    def handed_on(self, tensor: Tensor, changed: bool) -> "Carried | None":
-        """What a tensor carries that was computed from this one, but not by a product; changed: not HARMLESS."""
+        Args:
+            tensor: the tensor that was computed.
+            changed: whether the function may have changed numbers, that is, is not HARMLESS.
+        """
 
 
 @dataclass(slots=True)
-class _Entry:
+class _TensorRecord:
+    """What is remembered of a tensor while it lives. Its origin may outlive it, as a parent; its attachment may not."""
+
     tensor: Callable[[], Tensor | None]
     origin: Origin
-    carried: Any = None  # not in the origin, which outlives the tensor
+    attachment: Any = None
 
 
-_WEIGHT = _Entry(lambda: None, Origin(0, is_data=False))
-
+_WEIGHT = _TensorRecord(lambda: None, Origin(0, is_data=False))
 
 _NO_TENSORS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 
 
 class Origins:
-    """The origins of all tensors seen; forgets those that are gone.
+    """The origins of all tensors seen; those of tensors that are gone are forgotten.
 
     Args:
-        buffers: of the model, which are weights like its parameters: masks, tables of positions, codebooks.
+        buffers: buffers of the model. They are weights like its parameters: masks, tables of positions, codebooks.
     """
 
     def __init__(self, buffers: Iterable[Tensor] = ()) -> None:
         self._buffers = {id(buffer) for buffer in buffers}
         self._serial = itertools.count(1)
-        self._entries: dict[int, _Entry] = {}
+        self._records: dict[int, _TensorRecord] = {}
 
-    def now(self) -> int:
-        """A serial number: larger than those of all tensors so far, smaller than those to come."""
+    def next_serial(self) -> int:
+        """Draw a serial number: larger than those of all tensors so far, smaller than those of all later ones."""
         return next(self._serial)
 
     def of(self, tensor: Tensor) -> Origin:
-        """The tensor's origin; what was not seen being made is data, unless it is a parameter."""
-        return self._entry(tensor).origin
+        """Return the origin of a tensor; one that no function was seen to make is data, unless it is a weight."""
+        return self._record_of(tensor).origin
 
-    def carried(self, tensor: Tensor) -> Any:
-        """What was attached to the tensor, or to one that it was computed from; None: nothing."""
-        return self._entry(tensor).carried
+    def attachment(self, tensor: Tensor) -> Any:
+        """Return what was attached to a tensor, or to one that it was computed from; None if nothing was."""
+        return self._record_of(tensor).attachment
 
-    def attach(self, tensor: Tensor, carried: Carried) -> None:
-        """Let the tensor carry something."""
-        self._entry(tensor).carried = carried
+    def attach(self, tensor: Tensor, attachment: Attachment) -> None:
+        """Attach something to a tensor."""
+        self._record_of(tensor).attachment = attachment
 
-    def cut(self) -> None:
-        """Forget how the tensors that are still there were made: that is of no more use in another forward."""
-        for entry in self._entries.values():
-            origin = entry.origin
-            origin.parents, origin.product, origin.factors, entry.carried = (), None, None, None
+    def forget_ancestry(self) -> None:
+        """Forget how the tensors that are still there were made: another forward has no use for it."""
+        for record in self._records.values():
+            origin = record.origin
+            origin.parents, origin.product, origin.factors, record.attachment = (), None, None, None
 
-    def follow(
+    def record(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any, inside: bool = True
     ) -> None:
-        """Take note of what a torch function has made; inside: the forward of a module."""
-        if func is Tensor.__setitem__:
-            result = args[0]
-        if isinstance(result, _NO_TENSORS):
-            return
-        made = [result] if isinstance(result, Tensor) else list(tensors_in((result,)))
+        """Record what a torch function has made.
+
+        Args:
+            func: the function.
+            args: arguments it was called with.
+            kwargs: arguments it was called with, by name.
+            result: what it returned.
+            inside: whether the forward of a module is running.
+        """
+        made = _tensors_made(func, args, result)
         if not made:
             return
         given = list(tensors_in((*args, *kwargs.values()) if kwargs else args))
         if not given and not inside:
-            return  # an input, such as noise; a module's own are constants
-        entries = [self._entry(tensor) for tensor in given]
-        parents = tuple(entry.origin for entry in entries)
+            return  # an input, such as noise; what a module makes from nothing are constants
+        records = [self._record_of(tensor) for tensor in given]
+        parents = tuple([record.origin for record in records])
         is_data = any(parent.is_data for parent in parents)
-        is_projection, product, factors, carried = False, None, None, None
-        if func in _LAYERS:
-            # learned tokens, once they are projected, are as good as data
-            is_projection = is_data = True
-        elif func in PRODUCTS and len(parents) >= 2:
-            a, b = parents[-2:]
-            is_projection = not (a.is_data and b.is_data)
-            product = (a, b) if b.is_data else None
-        elif func in _TIMES and len(parents) == 2 and all(parent.is_data for parent in parents):
-            factors = parents
-        elif func in _SUM:
-            product = parents[0].factors
-        mixes_heads = func in (torch.einsum, F.conv2d) and is_projection and _keeps_rows_and_keys(given, made[0])
-        if not (func in _LAYERS or func in PRODUCTS or func in _MIXERS) or mixes_heads:
-            for entry in entries:
-                product = entry.origin.product if product is None else product
-                carried = entry.carried if carried is None else carried
+        is_projection, product, factors = False, None, None
+        kind = KINDS.get(func)
+        inherits = True
+        if kind is not None:
+            is_data, is_projection, product, factors = _result_of(kind, parents, is_data)
+            inherits = kind is Kind.TIMES or kind is Kind.SUM
+            if is_projection and func in MAY_MIX_HEADS:
+                inherits = _keeps_rows_and_keys(given, made[0])
+        attachment: Attachment | None = None
+        if inherits:
+            for record in records:
+                product = record.origin.product if product is None else product
+                attachment = record.attachment if attachment is None else attachment
         for tensor in made:
             origin = Origin(next(self._serial), parents, is_data, True, is_projection, tensor.shape, product, factors)
-            self._set(tensor, origin, None if carried is None else carried.handed_on(tensor, func not in HARMLESS))
+            handed_on = None if attachment is None else attachment.handed_on(tensor, func not in HARMLESS)
+            self._set(tensor, origin, handed_on)
             if given and tensor is given[0] and tensor._base is not None:  # written to in place, through a view
                 self._set(tensor._base, origin)
 
-    def _entry(self, tensor: Tensor) -> "_Entry":
-        entry = self._entries.get(id(tensor))
-        if entry is not None and entry.tensor() is tensor:
-            return entry
+    def _record_of(self, tensor: Tensor) -> _TensorRecord:
+        record = self._records.get(id(tensor))
+        if record is not None and record.tensor() is tensor:
+            return record
         if isinstance(tensor, nn.Parameter) or id(tensor) in self._buffers:
             return _WEIGHT
         return self._set(tensor, Origin(0, is_known=False, shape=tensor.shape))
 
-    def _set(self, tensor: Tensor, origin: Origin, carried: Any = None) -> _Entry:
-        key, entries = id(tensor), self._entries
-        entry = entries[key] = _Entry(weakref.ref(tensor, lambda _: entries.pop(key, None)), origin, carried)
-        return entry
+    def _set(self, tensor: Tensor, origin: Origin, attachment: Any = None) -> _TensorRecord:
+        key, records = id(tensor), self._records
+        record = _TensorRecord(weakref.ref(tensor, lambda _: records.pop(key, None)), origin, attachment)
+        records[key] = record
+        return record
+
+
+def _tensors_made(func: Callable[..., Any], args: Sequence[Any], result: Any) -> Sequence[Tensor]:
+    if func is Tensor.__setitem__:
+        result = args[0]
+    if isinstance(result, _NO_TENSORS):
+        return ()
+    return [result] if isinstance(result, Tensor) else list(tensors_in((result,)))
+
+
+_Pair = tuple[Origin, Origin]
+
+
+def _result_of(kind: Kind, parents: tuple[Origin, ...], is_data: bool) -> tuple[bool, bool, _Pair | None, _Pair | None]:
+    """Return ``is_data``, ``is_projection``, ``product`` and ``factors`` of what a function of a kind makes."""
+    if kind is Kind.LAYER:
+        # learned tokens, once they are projected, are as good as data
+        return True, True, None, None
+    if kind is Kind.PRODUCT and len(parents) >= 2:
+        a, b = parents[-2:]
+        return is_data, not (a.is_data and b.is_data), (a, b) if b.is_data else None, None
+    if kind is Kind.TIMES and len(parents) == 2 and parents[0].is_data and parents[1].is_data:
+        return is_data, False, None, (parents[0], parents[1])
+    return is_data, False, parents[0].factors if kind is Kind.SUM else None, None
 
 
 def _keeps_rows_and_keys(given: Sequence[Tensor], made: Tensor) -> bool:
@@ -214,7 +188,7 @@ def _keeps_rows_and_keys(given: Sequence[Tensor], made: Tensor) -> bool:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples among them."""
+    """Yield the tensors among values, and in lists and tuples among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -223,7 +197,12 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def sources(origin: Origin, start: int) -> tuple[set[Origin], set[Origin]]:
-    """What a tensor was computed from that was there before ``start``: through a projection, and without one."""
+    """Find what a tensor was computed from among what was there before ``start``.
+
+    Returns:
+        projected: origins from which a projection leads to the tensor.
+        plain: origins from which a way without a projection leads to the tensor.
+    """
     projected: set[Origin] = set()
     plain: set[Origin] = set()
     seen: set[tuple[Origin, bool]] = set()
@@ -242,16 +221,16 @@ def sources(origin: Origin, start: int) -> tuple[set[Origin], set[Origin]]:
 
 
 def same_sequence(query: Origin, key: Origin, frames: Sequence[Frame], *, projects: bool = False) -> bool | None:
-    """Whether queries and keys were projected from the same tensor; None where that was not seen.
+    """Tell whether queries and keys were projected from the same tensor; None where that was not seen.
 
-    Decided in the innermost module that projects, and by what it was handed in the module around it: further out,
+    The innermost module that projects decides, by what it was handed in the module around it: further out,
     everything comes from the same input.
 
     Args:
         query: origin of the queries.
-        key: of the keys.
+        key: origin of the keys.
         frames: modules that are running, outermost first.
-        projects: the call itself projects what it is given.
+        projects: whether the call itself projects what it is given.
     """
     for depth, frame in enumerate(reversed(frames)):
         (q, q_plain), (k, k_plain) = sources(query, frame.start), sources(key, frame.start)
@@ -271,5 +250,5 @@ def same_sequence(query: Origin, key: Origin, frames: Sequence[Frame], *, projec
 
 
 def _unprojected(origins: set[Origin], start: int) -> set[Origin]:
-    """What tensors were computed from that was there before ``start``, without a projection."""
+    """Find what tensors were computed from, without a projection, among what was there before ``start``."""
     return {plain for origin in origins for plain in sources(origin, start)[1]}

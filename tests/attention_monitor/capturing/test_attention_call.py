@@ -72,7 +72,7 @@ def test_a_mask_that_hides_the_diagonal_says_nothing_about_padding(length):
 def test_the_first_sequences_of_a_call():
     mask = torch.rand(2, 1, 5, 5) < 0.8
     for call in (make(5, 5, mask=mask), written(torch.randn(2, 3, 5, 5))):
-        torch.testing.assert_close(call.first(1).pattern(), call.pattern()[:1])
+        torch.testing.assert_close(call.first_sequences(1).pattern(), call.pattern()[:1])
 
 
 @pytest.mark.parametrize("sinks_in_pattern", [True, False])

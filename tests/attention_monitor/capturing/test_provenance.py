@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_monitor.capturing.provenance import Frame, Origins, same_sequence
+from attention_monitor.capturing.provenance import Origins, same_sequence
+from attention_monitor.capturing.running_modules import Frame
 
 
 class Tape:
@@ -18,11 +19,11 @@ class Tape:
 
     def __call__(self, func, *args, **kwargs):
         result = func(*args, **kwargs)
-        self.origins.follow(func, args, kwargs, result)
+        self.origins.record(func, args, kwargs, result)
         return result
 
     def frame(self):
-        return Frame("module", nn.Identity(), self.origins.now())
+        return Frame("module", nn.Identity(), self.origins.next_serial())
 
     def same(self, q, k, *frames):
         return same_sequence(self.origins.of(q), self.origins.of(k), frames)
@@ -102,4 +103,4 @@ def test_tensors_are_not_kept_alive(tape):
     for _ in range(5):
         x = tape(torch.sin, x)
     gc.collect()
-    assert len(tape.origins._entries) == 1
+    assert len(tape.origins._records) == 1

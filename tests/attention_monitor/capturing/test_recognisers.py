@@ -804,7 +804,7 @@ def test_flex_attention_is_read_with_its_functions(mask_mod, score_mod, n_kv_hea
     expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     torch.testing.assert_close(calls[0].pattern(), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(calls[0].pattern(2, 4), expected[:, :, 2:4], atol=1e-6, rtol=0)
-    torch.testing.assert_close(calls[0].first(1).pattern(), expected[:1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(calls[0].first_sequences(1).pattern(), expected[:1], atol=1e-6, rtol=0)
     padding = calls[0].padded_queries
     assert (padding is not None and bool(padding.any())) == (mask_mod is padded)
 
@@ -974,9 +974,9 @@ def test_another_kind_of_call_is_one_class(monkeypatch):
     class MyKernel(Recogniser):
         functions = (my_kernel,)
 
-        def read(self, seen):
-            q, k, _ = seen.args
-            return AttentionCall("", q.detach(), k.detach(), self_attention=seen.same_sequence(q, k))
+        def read(self, call):
+            q, k, _ = call.args
+            return AttentionCall("", q.detach(), k.detach(), self_attention=call.same_sequence(q, k))
 
     q = torch.randn(1, 2, T, 4)
     with capture(model := Attend(my_kernel)) as calls:

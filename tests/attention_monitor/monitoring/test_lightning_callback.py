@@ -106,7 +106,7 @@ def test_values_are_those_of_the_training_forward(tmp_path):
     with capture(project) as calls:
         project.train()(batch)
     for layer, call in enumerate(calls):
-        for name, values in summarize(call.first(1)).items():
+        for name, values in summarize(call.first_sequences(1)).items():
             for head, value in enumerate(values.tolist()):
                 [event] = read(tmp_path).Scalars(f"attention_{name}/L{layer:02d}H{head:02d}")
                 assert event.value == pytest.approx(value)

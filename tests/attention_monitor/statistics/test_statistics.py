@@ -272,7 +272,7 @@ def test_first_takes_the_mask_along():
     mask = torch.rand(4, 1, 6, 6) < 0.7
     mask |= torch.eye(6, dtype=torch.bool)
     call = make_call(torch.randn(4, 2, 6, 4), torch.randn(4, 2, 6, 4), mask)
-    check(call.first(2), mask[:2].expand(2, 2, 6, 6).numpy())
+    check(call.first_sequences(2), mask[:2].expand(2, 2, 6, 6).numpy())
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():

@@ -1,8 +1,7 @@
 """What a recogniser is: it reads the calls of some functions as attention."""
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ...errors import AttentionMonitorError
 from ..attention_call import AttentionCall
-from ..provenance import Frame, Origins, same_sequence
-
-ATTENTION_NAME = re.compile("attention|attn", re.IGNORECASE)  # classes of modules that look like attention
+from ..provenance import Origins, same_sequence
+from ..running_modules import Frame
 
 
 class NotUnderstoodError(AttentionMonitorError):
@@ -21,17 +19,16 @@ class NotUnderstoodError(AttentionMonitorError):
 
 
 @dataclass(frozen=True)
-class Seen:
+class FunctionCall:
     """A call of a function that a recogniser asked for, after it has run.
 
     Attributes:
         func: the function.
-        args: it was called with.
-        kwargs: it was called with.
+        args: arguments it was called with.
+        kwargs: arguments it was called with, by name.
         result: what it returned.
         frames: modules whose forward is running, outermost first.
         origins: where tensors come from.
-        fates: of the softmaxes of this forward.
     """
 
     func: Any
@@ -40,43 +37,94 @@ class Seen:
     result: Any
     frames: Sequence[Frame]
     origins: Origins
-    fates: "list[Fate]"
 
-    def same_sequence(self, query: Tensor, key: Tensor) -> bool | None:
-        """Whether these queries and keys come from the same sequence; None where that was not seen."""
-        return same_sequence(self.origins.of(query), self.origins.of(key), self.frames)
+    def same_sequence(self, query: Tensor, key: Tensor, *, projects: bool = False) -> bool | None:
+        """Tell whether queries and keys come from the same sequence; None where that was not seen.
+
+        Args:
+            query: queries that the function was given, or made them from.
+            key: keys that the function was given, or made them from.
+            projects: whether the function itself projects them.
+        """
+        return same_sequence(self.origins.of(query), self.origins.of(key), self.frames, projects=projects)
 
 
 class Recogniser(ABC):
-    """Reads the calls of ``functions``. Subclasses register themselves.
+    """Read the calls of some functions as attention.
+
+    A subclass registers itself. Every capture makes one instance of it, which may remember things from call to call.
 
     Attributes:
-        functions: torch functions; operators by name: ``library::operator``, ``flex_attention``.
+        functions: torch functions to read; operators by name: ``library::operator``, ``flex_attention``.
+        reads: what the recogniser reads, in words, for the error that lists what is understood; left out, the name of
+            the class.
+
+    Example:
+        >>> from torch import nn
+        >>> from attention_monitor import AttentionCall, capture
+        >>> def my_attention(q, k, v):
+        ...     if torch.overrides.has_torch_function((q, k, v)):  # a library's own functions do this
+        ...         return torch.overrides.handle_torch_function(my_attention, (q, k, v), q, k, v)
+        ...     return (q @ k.mT).softmax(-1) @ v
+        >>> class MyAttention(Recogniser):
+        ...     functions = (my_attention,)
+        ...     reads = "my_attention"
+        ...
+        ...     def read(self, call):
+        ...         q, k, v = call.args  # (B, H, T, D)
+        ...         return AttentionCall("", q.detach(), k.detach(), self_attention=call.same_sequence(q, k))
+        >>> class Model(nn.Module):
+        ...     def forward(self, x):
+        ...         return my_attention(x, x, x)
+        >>> model = Model()
+        >>> with capture(model) as calls:
+        ...     z = model(torch.randn(1, 2, 3, 4))
+        >>> calls[0].site, calls[0].pattern().shape
+        ('Model', torch.Size([1, 2, 3, 3]))
+        >>> del RECOGNISERS[my_attention]  # or it stays for the rest of the program
     """
 
     functions: ClassVar[Sequence[Any]]
+    reads: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
+        if "reads" not in vars(cls):
+            cls.reads = cls.__name__
         for function in cls.functions:
-            RECOGNISERS[function] = cls()
+            RECOGNISERS[function] = cls
+
+    def around(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run a function for the model and return its result, to the bit what it would be without the recogniser."""
+        return func(*args, **kwargs)
 
     @abstractmethod
-    def read(self, seen: Seen) -> AttentionCall | None:
-        """The attention call that this call is or completes, without its site; None: it is not attention.
+    def read(self, call: FunctionCall) -> AttentionCall | None:
+        """Return the attention call that this call is or completes, without its site; None if it is not attention.
 
         Raises:
             NotUnderstoodError: when it is attention in a form that cannot be read.
         """
 
+    def at_end_of_forward(self, understood: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Yield what was not understood in the forward that has ended, and forget what is remembered of it.
 
-RECOGNISERS: dict[Any, Recogniser] = {}
+        Args:
+            understood: paths of the modules in which a call was read.
+
+        Yields:
+            path, reason: path of a module, and why what it does could not be read.
+        """
+        yield from ()
+
+
+RECOGNISERS: dict[Any, type[Recogniser]] = {}
 
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 
 
 def name_of(func: Any) -> Any:
-    """A function as ``functions`` names it: itself, or the name of an operator."""
+    """Name a function as ``functions`` does: by itself, or an operator by its name."""
     if not isinstance(func, _OPERATORS):
         return func
     if isinstance(func, torch._ops.HigherOrderOperator):
@@ -85,7 +133,7 @@ def name_of(func: Any) -> Any:
 
 
 def as_computed(x: Tensor) -> Tensor:
-    """As autocast rounds it inside the call."""
+    """Round a tensor as autocast rounds it inside the call."""
     device = x.device.type
     return (
         x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype == torch.float32 else x
@@ -93,22 +141,12 @@ def as_computed(x: Tensor) -> Tensor:
 
 
 def four_dimensional(x: Tensor) -> Tensor:
-    """(Q, D) and (B, Q, D) get a head of their own; of more than four axes, all between batch and Q are heads."""
+    """Bring a tensor to four axes (B, H, Q, D).
+
+    (Q, D) and (B, Q, D) get a head of their own; of more than four axes, all between batch and Q are heads.
+    """
     if x.dim() == 4:
         return x
     if x.dim() < 4:
         return x.reshape((1,) * (3 - x.dim()) + x.shape).unsqueeze(1)
     return x.flatten(1, -3)
-
-
-@dataclass(eq=False)
-class Fate:
-    """What becomes of a softmax; outlives its tensors.
-
-    Attributes:
-        path: of the attention module it was in; None: in none.
-        met_values: its result has been multiplied with values.
-    """
-
-    path: str | None
-    met_values: bool = False

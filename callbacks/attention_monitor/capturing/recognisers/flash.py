@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention_call import AttentionCall
-from .base import NotUnderstoodError, Recogniser, Seen
+from .base import FunctionCall, NotUnderstoodError, Recogniser
 
 
 class FlashKernel(Recogniser):
@@ -24,6 +24,7 @@ class FlashKernel(Recogniser):
         "aten::_flash_attention_forward",
         "aten::_efficient_attention_forward",
     )
+    reads = "flash_attn, xformers"
     _NAMES: ClassVar = {
         "q": "query",
         "k": "key",
@@ -38,16 +39,16 @@ class FlashKernel(Recogniser):
     }
     _UNREADABLE = ("block_table", "block_tables", "leftpad_k", "seqused_k", "seqlen_k", "q_descale", "k_descale")
 
-    def read(self, seen: Seen) -> AttentionCall:
-        overload = seen.func if isinstance(seen.func, torch._ops.OpOverload) else seen.func.default
+    def read(self, call: FunctionCall) -> AttentionCall:
+        overload = call.func if isinstance(call.func, torch._ops.OpOverload) else call.func.default
         names = [argument.name for argument in overload._schema.arguments]
-        given = dict(zip(names, seen.args, strict=False)) | seen.kwargs
+        given = dict(zip(names, call.args, strict=False)) | call.kwargs
         given = {self._NAMES.get(name, name): value for name, value in given.items() if value is not None}
         unreadable = [name for name in self._UNREADABLE if name in given]
         if unreadable:
             raise NotUnderstoodError(f"{overload.name()} was given {', '.join(unreadable)}, which is not supported")
         query, key = given["query"], given["key"]
-        self_attention = seen.same_sequence(query, key)
+        self_attention = call.same_sequence(query, key)
         query, key, value = query.detach(), key.detach(), given["value"].detach()
         if query.dim() == 3:  # all sequences one after the other: (tokens, H, D)
             query, key, value = query[None], key[None], value[None]
@@ -100,7 +101,18 @@ class FlashKernel(Recogniser):
 
 
 def _segments(cu_seqlens: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Segment of each token, its position there, and the lengths of the segments."""
+    """Find the segments of sequences that are packed one after the other.
+
+    Args:
+        cu_seqlens: (n_segments + 1,) where segments begin and the last one ends; None: there is one segment.
+        n: number of tokens.
+        device: device of the result.
+
+    Returns:
+        segment: (n,) number of the segment of each token.
+        position: (n,) position of each token in its segment.
+        lengths: (n_segments,) tokens of each segment.
+    """
     ends = torch.tensor([0, n], device=device) if cu_seqlens is None else cu_seqlens.long()
     lengths = ends.diff()
     segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)

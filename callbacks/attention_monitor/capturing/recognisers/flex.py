@@ -11,17 +11,40 @@ import torch
 from torch import Tensor
 
 from ..attention_call import AttentionCall
-from .base import Recogniser, Seen
+from .base import FunctionCall, Recogniser
 
 
 class FlexAttention(Recogniser):
     """``torch.nn.attention.flex_attention``, by the operator in which it ends."""
 
     functions = ("flex_attention",)
+    reads = "flex_attention"
 
-    def read(self, seen: Seen) -> AttentionCall:
-        query, key, value, score_mod, block_mask, scale = seen.args[:6]
-        self_attention = seen.same_sequence(query, key)
+    def around(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run the flex_attention operator as it would run if nobody were watching.
+
+        Watching makes compiled code run eagerly, and there the operator is not itself: its gradients for tensors that
+        ``score_mod`` uses are lost, and it holds all scores. So it is compiled here. Where the model had compiled it,
+        the default backend gives the numbers and takes the memory that the model's own compilation does. Elsewhere
+        the backend is the one that flex_attention itself takes.
+        """
+        import torch._dynamo.utils
+
+        def attend(*args: Any) -> tuple[Any, ...]:
+            out, *rest = func(*args)
+            options = args[6]
+            wanted = [options.get(name, True) for name in ("OUTPUT_LOGSUMEXP", "OUTPUT_MAX")]
+            return out, *(x if want else None for x, want in zip(rest, wanted, strict=False))
+
+        backend = "inductor" if _is_compiled_by_model() else "eager"
+        # flex_attention lifts the limit on recompilations too, which with fullgraph=True is an error
+        with torch.compiler.set_stance("default"), torch._dynamo.utils.disable_cache_limit():
+            out, *rest = torch.compile(attend, backend=backend, fullgraph=True)(*args[:7])
+        return out, *(out.new_empty(0) if x is None else x for x in rest)
+
+    def read(self, call: FunctionCall) -> AttentionCall:
+        query, key, value, score_mod, block_mask, scale = call.args[:6]
+        self_attention = call.same_sequence(query, key)
         query, key = query.detach(), key.detach()
         key = key.expand(query.shape[0], -1, -1, -1)
         K, device = key.shape[2], query.device
@@ -48,7 +71,14 @@ class FlexAttention(Recogniser):
 
 
 def _vectorised(mod: Any, extent: tuple[int, ...], device: torch.device, *scores: Tensor) -> Tensor:
-    """``mod([score], b, h, query, key)``, written for one entry, over (B, H, R, K)."""
+    """Call ``mod([score], b, h, query, key)``, which is written for one entry, on all entries (B, H, R, K).
+
+    Args:
+        mod: ``score_mod`` or ``mask_mod`` of the call.
+        extent: B, H, first row, row after the last, K.
+        device: device of the positions.
+        scores: (B, H, R, K) for a ``score_mod``; left out for a ``mask_mod``.
+    """
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     B, H, start, stop, K = extent
@@ -59,31 +89,11 @@ def _vectorised(mod: Any, extent: tuple[int, ...], device: torch.device, *scores
         return mod(*scores, *positions).detach()
 
 
-def run_flex_attention(func: Any, args: Sequence[Any]) -> Any:
-    """Run the flex_attention operator as it would run if nobody were watching.
-
-    Watching makes compiled code run eagerly, and there the operator is not itself: its gradients for tensors that
-    ``score_mod`` uses are lost, and it holds all scores. So it is compiled here: with the default backend where the
-    model had compiled it, for numbers and memory as they are there; with the backend that flex_attention itself takes
-    otherwise.
-    """
-    import torch._dynamo.utils
-
+def _is_compiled_by_model() -> bool:
+    """Whether the model calls flex_attention from compiled code, which runs eagerly now but is still on the stack."""
     compiled = 0
     frame = inspect.currentframe()
     while frame is not None:
         compiled += frame.f_code.co_name == "compile_wrapper"
         frame = frame.f_back
-    # flex_attention puts one such frame there itself
-    backend = "inductor" if compiled > 1 else "eager"
-
-    def attend(*args: Any) -> tuple[Any, ...]:
-        out, *rest = func(*args)
-        options = args[6]
-        wanted = [options.get(name, True) for name in ("OUTPUT_LOGSUMEXP", "OUTPUT_MAX")]
-        return out, *(x if want else None for x, want in zip(rest, wanted, strict=False))
-
-    # flex_attention lifts the limit on recompilations too, which with fullgraph=True is an error
-    with torch.compiler.set_stance("default"), torch._dynamo.utils.disable_cache_limit():
-        out, *rest = torch.compile(attend, backend=backend, fullgraph=True)(*args[:7])
-    return out, *(out.new_empty(0) if x is None else x for x in rest)
+    return compiled > 1  # flex_attention puts one such frame there itself

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention_call import AttentionCall
-from ..provenance import same_sequence
-from .base import Recogniser, Seen
+from .base import FunctionCall, Recogniser
 
 
 class MultiHeadAttention(Recogniser):
@@ -21,13 +20,14 @@ class MultiHeadAttention(Recogniser):
     """
 
     functions = (F.multi_head_attention_forward,)
+    reads = "nn.MultiheadAttention"
 
-    def read(self, seen: Seen) -> AttentionCall:
-        return self._read(seen, *seen.args, **seen.kwargs)
+    def read(self, call: FunctionCall) -> AttentionCall:
+        return self._read(call, *call.args, **call.kwargs)
 
     def _read(
         self,
-        seen: Seen,
+        call: FunctionCall,
         query: Tensor,  # (Q, B, E), or (Q, E)
         key: Tensor,  # (K, B, E), or (K, E)
         value: Tensor,
@@ -54,10 +54,10 @@ class MultiHeadAttention(Recogniser):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> AttentionCall:
-        origins, H = seen.origins, num_heads
+        H = num_heads
         self_attention: bool | None = query is key
         if not self_attention:
-            self_attention = same_sequence(origins.of(query), origins.of(key), seen.frames, projects=True)
+            self_attention = call.same_sequence(query, key, projects=True)
         query, key, value = query.detach(), key.detach(), value.detach()
         if query.dim() == 2:
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
@@ -107,10 +107,15 @@ class MultiHeadAttention(Recogniser):
 
 
 def _merged(masks: list[Tensor], n_sinks: int) -> Tensor | None:
-    """One mask as scaled_dot_product_attention takes it from several as nn.MultiheadAttention does (True: hidden)."""
+    """Merge masks of nn.MultiheadAttention (True: hidden) into one of scaled_dot_product_attention (True: may attend).
+
+    Args:
+        masks: bool or numbers to add, broadcastable to (B, H, Q, K).
+        n_sinks: keys that were appended, which everybody sees.
+    """
     if not masks:
         return None
-    padded = [F.pad(mask, (0, n_sinks)) for mask in masks]  # False, 0: everybody sees what was appended
+    padded = [F.pad(mask, (0, n_sinks)) for mask in masks]  # with False or 0: not hidden
     if all(mask.dtype == torch.bool for mask in padded):
         return ~torch.stack(torch.broadcast_tensors(*padded)).any(0)
     floating = [

@@ -11,20 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention_call import AttentionCall
-from .base import NotUnderstoodError, Recogniser, Seen, as_computed, four_dimensional
+from .base import FunctionCall, NotUnderstoodError, Recogniser, as_computed, four_dimensional
 
 
 class ScaledDotProduct(Recogniser):
     """``torch.nn.functional.scaled_dot_product_attention``."""
 
     functions = (F.scaled_dot_product_attention,)
+    reads = "scaled_dot_product_attention"
 
-    def read(self, seen: Seen) -> AttentionCall:
-        return self._read(seen, *seen.args, **seen.kwargs)
+    def read(self, call: FunctionCall) -> AttentionCall:
+        return self._read(call, *call.args, **call.kwargs)
 
     def _read(
         self,
-        seen: Seen,
+        call: FunctionCall,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -36,7 +37,7 @@ class ScaledDotProduct(Recogniser):
     ) -> AttentionCall:
         if query.is_nested or key.is_nested:
             raise NotUnderstoodError("its queries and keys are nested tensors; pad them and give a mask")
-        self_attention = seen.same_sequence(query, key)
+        self_attention = call.same_sequence(query, key)
         query, key = as_computed(query.detach()), as_computed(key.detach())
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         mask = None
