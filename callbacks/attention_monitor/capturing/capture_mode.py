@@ -18,17 +18,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from ..errors import NoAttentionError, Once
-from ..naming import final_site, listed
+from ..naming import final_site
 from . import recognisers
 from .attention_call import AttentionCall
+from .nothing_captured import explain_left_out, explain_nothing_read
 from .provenance import Origins
 from .recognisers.base import RECOGNISERS, FunctionCall, NotUnderstoodError, Recogniser, name_of
-from .running_modules import ATTENTION_NAME, RunningModules, may_take_fast_path, module_names
+from .running_modules import RunningModules, may_take_fast_path
+from .sharding import SplitProjections, may_be_sharded
 
 for _found in iter_modules(recognisers.__path__):
     import_module(f"{recognisers.__name__}.{_found.name}")  # each registers what it reads
-
-_MOST_LISTED = 5  # names in an error that says what was seen
 
 
 class Capture(TorchFunctionMode):
@@ -65,6 +65,7 @@ class Capture(TorchFunctionMode):
         self._once = Once() if once is None else once
         self._modules = RunningModules(model)
         self._origins = Origins()
+        self._projections: SplitProjections | None = None
         instances = {kind: kind() for kind in RECOGNISERS.values()}
         self._instances: list[Recogniser] = list(instances.values())
         self._recognisers = {function: instances[kind] for function, kind in RECOGNISERS.items()}
@@ -75,6 +76,7 @@ class Capture(TorchFunctionMode):
         with ExitStack() as stack:
             stack.enter_context(self._modules.observed_by(self))
             stack.enter_context(_running(self))
+            self._projections = SplitProjections() if may_be_sharded() else None
             self._forget_forward()
             self._switch_on()
             stack.callback(self._switch_off)
@@ -110,6 +112,8 @@ class Capture(TorchFunctionMode):
     def forward_begins(self) -> None:
         """Forget how the tensors of earlier forwards were made."""
         self._origins.forget_ancestry()
+        if self._projections is not None:
+            self._projections.forget()
 
     def module_begins(self, module: nn.Module) -> None:
         """Leave a module of torch's its fast path, which it would not take while a function mode is on."""
@@ -153,6 +157,8 @@ class Capture(TorchFunctionMode):
         if self._modules.is_followed and torch._C._current_graph_task_id() == -1:
             try:
                 self._origins.record(func, args, kwargs, result, inside=self._modules.is_inside)
+                if self._projections is not None:
+                    self._projections.note(func, args, kwargs, result, self._origins, self._modules.path)
                 if recogniser is not None:
                     call = FunctionCall(func, args, kwargs, result, self._modules.frames, self._origins)
                     self._read(recogniser, call)
@@ -185,6 +191,9 @@ class Capture(TorchFunctionMode):
         ):
             self.left_out.add(path)
             return
+        if self._projections is not None and (split := self._projections.reason(call, self._modules.frames)):
+            self._not_understood(path, split)
+            return
         self.sites[path] = max(self.sites.get(path, 0), index + 1)
         with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
             self.on_call(replace(call, site=f"{path}[{index}]"))
@@ -203,29 +212,10 @@ class Capture(TorchFunctionMode):
 
     def explain_nothing(self) -> str:
         """Explain, of a model in which nothing was captured, what was seen and which ways out there are."""
-        model = type(self.model).__name__
         if self.left_out:
-            return (
-                f"No attention call was looked at in {model}: sites={list(self.only or ())} "
-                f"matches none of those seen, {listed(sorted(self.left_out), _MOST_LISTED)}."
-            )
-        if self.not_understood:
-            reasons = [f"{path} ({reason})" for path, reason in self.not_understood.items()]
-            seen = f"calls were seen but not understood: {listed(reasons, _MOST_LISTED)}"
-        else:
-            names = [
-                f"{name or model} ({type(module).__name__})"
-                for module, name in module_names(self.model).items()
-                if ATTENTION_NAME.search(type(module).__name__)
-            ]
-            seen = f"modules that look like attention are {listed(names, _MOST_LISTED)}" if names else ""
-            seen = seen or "no module in it looks like attention"
-        *others, last = [recogniser.reads for recogniser in self._instances]
-        return (
-            f"No attention call was seen in {model}: {seen}. What is understood is {', '.join(others)}, and {last}. "
-            "Use one of them, called by the model's own modules outside TorchScript; or teach the package another "
-            "with a Recogniser (attention_monitor.Recogniser); or leave the monitor out."
-        )
+            return explain_left_out(self.model, self.only or (), self.left_out)
+        readable = [recogniser.reads for recogniser in self._instances]
+        return explain_nothing_read(self.model, self.not_understood, readable)
 
 
 _captures: list[Capture] = []  # that are running

@@ -1,0 +1,48 @@
+"""What to say of a model in which no attention call was captured."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+
+from ..naming import listed
+from .running_modules import ATTENTION_NAME, module_names
+
+_MOST_LISTED = 5
+
+
+def explain_left_out(model: nn.Module, only: Sequence[str], left_out: Collection[str]) -> str:
+    """Explain that patterns match none of the attention modules that there are."""
+    return (
+        f"No attention call was looked at in {type(model).__name__}: sites={list(only)} "
+        f"matches none of those seen, {listed(sorted(left_out), _MOST_LISTED)}."
+    )
+
+
+def explain_nothing_read(model: nn.Module, not_understood: Mapping[str, str], readable: Sequence[str]) -> str:
+    """Explain what was seen, what is understood, and which ways out there are.
+
+    Args:
+        model: the model that was run.
+        not_understood: module path -> reason why a call of it was not understood.
+        readable: what is understood, in words.
+    """
+    name_of_model = type(model).__name__
+    if not_understood:
+        reasons = [f"{path} ({reason})" for path, reason in not_understood.items()]
+        seen = f"calls were seen but not understood: {listed(reasons, _MOST_LISTED)}"
+    else:
+        names = [
+            f"{name or name_of_model} ({type(module).__name__})"
+            for module, name in module_names(model).items()
+            if ATTENTION_NAME.search(type(module).__name__)
+        ]
+        seen = f"modules that look like attention are {listed(names, _MOST_LISTED)}" if names else ""
+        seen = seen or "no module in it looks like attention"
+    *others, last = readable
+    # a reason may bring its own way out, and a call that is understood is of no help against it then
+    use = "Where no reason names a way out, use" if not_understood else "Use"
+    return (
+        f"No attention call was seen in {name_of_model}: {seen}. What is understood is {', '.join(others)}, and "
+        f"{last}. {use} one of them, called by the model's own modules outside TorchScript; or teach the package "
+        "another with a Recogniser (attention_monitor.Recogniser); or leave the monitor out."
+    )

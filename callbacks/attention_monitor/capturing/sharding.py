@@ -1,0 +1,135 @@
+"""Heads that tensor parallelism splits over processes: each process computes some of them, and none has all.
+
+A projection of queries whose weight is sharded along its output features gives every process a part of the heads, as
+a plain tensor that looks like a smaller number of heads.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention_call import AttentionCall
+from .provenance import Origins, tensors_in
+from .running_modules import Frame
+from .torch_functions import KINDS, Kind
+
+_DTENSORS = "torch.distributed.tensor"
+
+# The core of an attention may be a module of its own, which the module around it hands projected queries and keys.
+_FRAMES_THAT_PROJECT = 2
+
+_AXES = ("sequences", "heads", "positions", "features")
+
+
+def may_be_sharded() -> bool:
+    """Whether there may be sharded tensors at all in this process, which nothing must be paid for where there are not.
+
+    Parameters that FSDP2 shards do not count: they are whole while their module's forward runs.
+    """
+    return _DTENSORS in sys.modules
+
+
+class SplitProjections:
+    """The projections of a forward, as far as it takes to see that the heads of an attention call are split."""
+
+    def __init__(self) -> None:
+        self._split: list[tuple[int, str]] = []  # serial of what was projected, where it is split
+        self._last_whole = 0  # serial of what was last projected by a weight that is not split
+
+    def forget(self) -> None:
+        """Forget the projections of earlier forwards."""
+        self._split, self._last_whole = [], 0
+
+    def note(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, origins: Origins, at: str
+    ) -> None:
+        """Take note of a function that may project.
+
+        Args:
+            func: the function.
+            args: arguments it was called with.
+            kwargs: arguments it was called with, by name.
+            result: what it returned, which the origins have recorded.
+            origins: where tensors come from.
+            at: path of the module that called it.
+        """
+        if not isinstance(result, Tensor) or KINDS.get(func) not in (Kind.LAYER, Kind.PRODUCT) or func is F.embedding:
+            return
+        given = list(tensors_in((*args, *kwargs.values())))
+        weights = [tensor for tensor in given if _is_weight(tensor, origins)]
+        if not weights:
+            return
+        serial = origins.of(result).serial
+        data = [tensor for tensor in given if not _is_weight(tensor, origins)]
+        if dims := _split_dims(weights, data, result):
+            where = f"the weight of {at} is sharded over {_named(result, dims)}"
+            self._split.append((serial, _reason("heads", result, dims, where)))
+        else:
+            self._last_whole = serial
+
+    def reason(self, call: AttentionCall, frames: Sequence[Frame]) -> str | None:
+        """Explain why the numbers of a call would be those of some heads only; None when it has all heads.
+
+        The innermost module that has projected since it began decides: an output projection follows the call, and
+        projections of other modules do not make its queries.
+        """
+        for name, tensor in (("query", call.query), ("key", call.key), ("scores", call.model_scores)):
+            if tensor is not None and (dims := _sharded_dims(tensor)):
+                axis = _AXES[tensor.placements[dims[0]].dim % tensor.dim()]  # type: ignore[attr-defined]
+                return _reason(axis, tensor, dims, f"its {name} is sharded over {_named(tensor, dims)}")
+        for frame in reversed(frames[-_FRAMES_THAT_PROJECT:]):
+            for serial, reason in self._split:
+                if serial >= frame.start:
+                    return reason
+            if self._last_whole >= frame.start:
+                return None
+        return None
+
+
+def _sharded_dims(tensor: Tensor) -> list[int]:
+    """List the dimensions of the mesh over which a tensor is sharded; one process alone splits nothing."""
+    if not isinstance(tensor, sys.modules[_DTENSORS].DTensor):
+        return []
+    mesh = tensor.device_mesh
+    return [i for i, placement in enumerate(tensor.placements) if placement.is_shard() and mesh.size(i) > 1]
+
+
+def _is_weight(tensor: Tensor, origins: Origins) -> bool:
+    """Whether a tensor is a weight, or made of weights alone; FSDP2 makes whole parameters of what it has gathered."""
+    return isinstance(tensor, nn.Parameter) or not origins.of(tensor).is_data
+
+
+def _split_dims(weights: Sequence[Tensor], data: Sequence[Tensor], result: Tensor) -> list[int]:
+    """List the dimensions of the mesh over which a projection splits its output features.
+
+    There a weight is sharded, and so is the result, but not as the data are: over sequences or positions.
+    """
+    dims = _sharded_dims(result)
+    if not dims:
+        return []
+    placements = result.placements  # type: ignore[attr-defined]
+    by_weight = {i for tensor in weights for i in _sharded_dims(tensor)}
+    as_data = {
+        i
+        for tensor in data
+        for i in _sharded_dims(tensor)
+        if tensor.placements[i] == placements[i]  # type: ignore[attr-defined]
+    }
+    return [i for i in dims if i in by_weight and i not in as_data]
+
+
+def _named(tensor: Tensor, dims: Sequence[int]) -> str:
+    names = tensor.device_mesh.mesh_dim_names  # type: ignore[attr-defined]
+    return " and ".join(repr(names[i]) if names else f"dimension {i} of its mesh" for i in dims)
+
+
+def _reason(what: str, tensor: Tensor, dims: Sequence[int], where: str) -> str:
+    n = math.prod(tensor.device_mesh.size(i) for i in dims)  # type: ignore[attr-defined]
+    return (
+        f"its {what} are split over {n} processes (tensor parallelism: {where}), and numbers of different {what} would "
+        "be mixed; leave it out with sites=, or watch a run without tensor parallelism"
+    )
