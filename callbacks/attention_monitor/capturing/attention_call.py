@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import MASKED_BELOW, mask_limit
-
-# Rows of padding are looked for this many rows at a time.
-_ROWS = 256
+from .masks import last_visible, mask_limit, padding_of, rows_of, visible_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,21 +23,27 @@ class AttentionCall:
 
     Attributes:
         site: path of the module that made the call, with ``[i]`` when it makes several in one forward.
-        query: (B, H, Q, D).
-        key: (B, H_kv, K, D); H is a multiple of H_kv.
-        mask: broadcastable to (B, H, Q, K); bool (True: may attend) or a number added to the score.
-        is_causal: row i sees keys 0..i.
+        query: queries (B, H, Q, D).
+        key: keys (B, H_kv, K, D); H is a multiple of H_kv.
+        mask: mask broadcastable to (B, H, Q, K); bool (True: may attend) or a number added to the score.
+        is_causal: whether row i sees keys 0..i only.
         scale: factor on q . k.
-        score_mod: called with scaled scores (B, H, R, K) and the number of their first row, returns what the model
+        score_mod: function of scaled scores (B, H, R, K) and the number of their first row; returns what the model
             made of them before masking: softcap, position biases.
-        mask_mod: called with the numbers of the first row and of the row after the last, returns which keys they may
-            see: bool, broadcastable to (B, H, R, K).
-        model_scores: (B, H, Q, K + n_sinks), what the model gave to its softmax.
-        n_sinks: last columns of the scores that are no position: learned sinks, the keys that ``add_bias_kv`` and
-            ``add_zero_attn`` append. They take their share of the softmax.
-        sinks_in_pattern: the model keeps those columns, so that they are columns of the pattern too.
-        self_attention: queries and keys come from the same sequence; None: not known.
-        value: (B, H_kv, K, D_v), where known.
+        mask_mod: function of the number of the first row and that of the row after the last; returns which keys these
+            rows may see: bool, broadcastable to (B, H, R, K).
+        model_scores: scores (B, H, Q, K + n_sinks) that the model gave to its softmax.
+        n_sinks: number of last columns of the scores that are not positions: learned sinks, the keys that
+            ``add_bias_kv`` and ``add_zero_attn`` append. They take their share of the softmax.
+        sinks_in_pattern: whether the model keeps those columns, so that they are columns of the pattern too.
+        self_attention: whether queries and keys come from the same sequence; None: not known.
+        value: values (B, H_kv, K, D_v), where known.
+
+    Example:
+        >>> x = torch.randn(2, 4, 5, 8)  # (B, H, T, D)
+        >>> call = AttentionCall("attn", query=x, key=x, is_causal=True, scale=8**-0.5)
+        >>> call.shape, call.is_self_attention
+        ((2, 4, 5, 5), True)
     """
 
     site: str
@@ -70,30 +73,31 @@ class AttentionCall:
 
     @property
     def n_positions(self) -> int:
-        """Keys that are positions of a sequence."""
+        """Number of keys that are positions of a sequence."""
         return self.shape[3] - (self.n_sinks if self.sinks_in_pattern else 0)
 
     @property
     def device(self) -> torch.device:
+        """Device of queries and keys, or of the scores."""
         return self.query_or_scores.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float32, or float64 for a float64 model: half precision is never accumulated in."""
+        """float32, or float64 for a float64 model: nothing is accumulated in half precision."""
         return torch.promote_types(self.query_or_scores.dtype, torch.float32)
 
     @property
     def is_self_attention(self) -> bool:
-        """Queries and keys come from the same sequence; where that is not known: there are as many of them."""
+        """Whether queries and keys come from the same sequence; where that is not known, whether they are as many."""
         return self.shape[2] == self.n_positions if self.self_attention is None else self.self_attention
 
     @property
     def has_positions(self) -> bool:
-        """A query has a position among the keys: in self-attention, unless its keys have been pooled."""
+        """Whether queries have positions among the keys: in self-attention, unless the keys have been pooled."""
         return self.is_self_attention and self.n_positions >= self.shape[2]
 
     def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
-        """1 where q, k or v has NaN or infinity, else 0: (B, H, Q or K); NaN: it is not known."""
+        """Mark vectors with NaN or infinity: 1 there, else 0, (B, H, Q or K); NaN where the vectors are not known."""
         if which not in self._nonfinite:
             self._nonfinite[which] = self._count_nonfinite(which)
         return self._nonfinite[which]
@@ -114,22 +118,19 @@ class AttentionCall:
 
     @cached_property
     def query_offset(self) -> int:
-        """Position of query row 0 among the keys of a self-attention: earlier tokens may be cached.
+        """Position of query row 0 among the keys of a self-attention, as earlier tokens may be cached.
 
-        The last row is taken to be at the last key it may see.
+        The last row is taken to be at the last key that it may see.
         """
         Q = self.shape[2]
         if not self.is_self_attention or self.is_causal or self.n_positions == Q or Q == 0:
             return 0
-        allowed = self.visible(Q - 1, Q)
-        last = self.n_positions - 1
-        if allowed is not None:
-            seen = allowed[..., : self.n_positions].flatten(0, -2).any(0).nonzero()
-            last = int(seen[-1]) if len(seen) else last
-        return max(0, last - (Q - 1))
+        visible = self.visible(Q - 1, Q)
+        last = None if visible is None else last_visible(visible[..., : self.n_positions])
+        return max(0, (self.n_positions - 1 if last is None else last) - (Q - 1))
 
     def first_sequences(self, n: int) -> "AttentionCall":
-        """The same call on the first ``n`` sequences only."""
+        """Return the same call on the first ``n`` sequences only."""
         return replace(
             self,
             query=None if self.query is None else self.query[:n],
@@ -142,23 +143,23 @@ class AttentionCall:
     def scores(
         self, start: int, stop: int, out: Tensor | None = None, hidden: float = -torch.inf
     ) -> tuple[Tensor, Tensor]:
-        """Scores of query rows ``start`` to ``stop``.
+        """Compute the scores of query rows ``start`` to ``stop``.
 
         Args:
             start: first row.
             stop: the row after the last.
-            out: (B * H * R * K' or more,) of ``compute_dtype`` that the scores are put in, which may then be written
-                to; None: they may be the model's own.
+            out: buffer (B * H * R * K' or more,) of ``compute_dtype`` for the scores. Without it they may be the
+                model's own tensor, so do not write to them.
             hidden: score of a key that is masked by a bool mask, by causality or by -inf.
 
         Returns:
-            scores: (B, H, R, K'), K' <= K + n_sinks: keys that no row of a causal call may see are left out. Keys
-                masked by a number (-1e9, finfo.min) have that added to their score.
-            allowed: bool, broadcastable to ``scores``: which keys a row may see.
+            scores: scores (B, H, R, K'), K' <= K + n_sinks: keys that no row of a causal call may see are left out.
+                Keys masked by a number (-1e9, finfo.min) have that added to their score.
+            allowed: which keys a row may see: bool, broadcastable to ``scores``.
         """
         if self.model_scores is not None:
-            query_or_scores = self.model_scores[:, :, start:stop]
-            return _at_least(hidden, query_or_scores.to(self.compute_dtype), out), ~(query_or_scores <= self._limit)
+            rows = self.model_scores[:, :, start:stop]
+            return _at_least(hidden, rows.to(self.compute_dtype), out), ~(rows <= self._limit)
         scores = self._scaled_products(start, stop, out)  # (B, H, R, K')
         R, K = scores.shape[2:]
         allowed = torch.ones((R, K), dtype=torch.bool, device=scores.device)
@@ -174,8 +175,8 @@ class AttentionCall:
         if (visible := self.visible(start, stop)) is not None:
             allowed = allowed & visible[..., :K]
             if self.mask is not None and self.mask.dtype != torch.bool:
-                added = self._rows_of_mask(start, stop).to(scores.dtype).clamp(min=hidden)
-            else:  # as the function does it: NaN in a masked key stays NaN
+                added = rows_of(self.mask, start, stop).to(scores.dtype).clamp(min=hidden)
+            else:  # added, as scaled_dot_product_attention does: NaN in a masked key stays NaN
                 added = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, hidden)
             scores += added[..., :K]
             if hidden > -torch.inf and not self._is_finite:
@@ -184,7 +185,7 @@ class AttentionCall:
         return scores, allowed
 
     def _scaled_products(self, start: int, stop: int, out: Tensor | None) -> Tensor:
-        """scale * q . k of some rows and the keys that one of them may see, (B, H, R, K')."""
+        """Compute scale * q . k, (B, H, R, K'), of some rows and the keys that one of them may see."""
         assert self.query is not None
         q = self.query[:, :, start:stop].to(self.compute_dtype)  # (B, H, R, D)
         k = self._key_for_scores  # (B * H_kv, K, D)
@@ -197,10 +198,21 @@ class AttentionCall:
         return out.view(B, H, R, K)
 
     def pattern(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Attention probabilities (B, H, Q, K) before dropout, float32 (float64 for a float64 model).
+        """Compute the attention probabilities (B, H, Q, K) before dropout, float32 (float64 for a float64 model).
 
         Rows sum to 1, or to less where a sink takes the rest. Rows that may see no key are 0, as
         scaled_dot_product_attention makes them; NaN is left as it is.
+
+        Args:
+            start: first query row.
+            stop: the row after the last; None: all from ``start``.
+
+        Example:
+            >>> zeros = torch.zeros(1, 1, 3, 4)  # (B, H, T, D): all scores are alike
+            >>> AttentionCall("attn", query=zeros, key=zeros, is_causal=True).pattern()[0, 0]
+            tensor([[1.0000, 0.0000, 0.0000],
+                    [0.5000, 0.5000, 0.0000],
+                    [0.3333, 0.3333, 0.3333]])
         """
         K = self.shape[3]
         scores, _ = self.scores(start, self.shape[2] if stop is None else stop)
@@ -208,47 +220,31 @@ class AttentionCall:
         return F.pad(pattern, (0, K - pattern.shape[-1]))
 
     def visible(self, start: int, stop: int) -> Tensor | None:
-        """Which keys rows ``start`` to ``stop`` may see apart from causality: bool, broadcastable to (B, H, R, K).
+        """Return which keys rows ``start`` to ``stop`` may see apart from causality; None: all of them.
 
-        None: all.
+        Returns:
+            visible: bool, broadcastable to (B, H, R, K).
         """
         if self.model_scores is not None:
             return ~(self.model_scores[:, :, start:stop] <= self._limit)
         if self.mask_mod is not None:
-            allowed = self.mask_mod(start, stop)
-            return allowed[: self.shape[0]]
-        if self.mask is not None:
-            mask = self._rows_of_mask(start, stop)
-            # NaN in an additive mask is a number gone wrong, not a mask
-            return mask if mask.dtype == torch.bool else ~(mask <= MASKED_BELOW)
-        return None
+            return self.mask_mod(start, stop)[: self.shape[0]]
+        return None if self.mask is None else visible_by(rows_of(self.mask, start, stop))
 
     @cached_property
     def padded_queries(self) -> Tensor | None:
-        """bool, broadcastable to (B, H, Q): rows of padding, or None where no mask shows any.
-
-        In self-attention a position that no row attends to is padding, provided that every other position sees itself
-        (a mask that hides the diagonal of real tokens says nothing about padding).
-        """
+        """Rows of padding: bool, broadcastable to (B, H, Q); None where no mask of a self-attention shows any."""
         Q, K = self.shape[2], self.n_positions
         if self.mask is None and self.mask_mod is None and self.model_scores is None:
             return None
         if not self.is_self_attention or Q != K or Q == 0:
             return None
-        seen, itself = [], []
-        for start in range(0, Q, _ROWS):
-            rows = self.visible(start, min(start + _ROWS, Q))
-            assert rows is not None
-            rows = rows[..., :K].expand(*rows.shape[:-1], K)  # (B | 1, H | 1, R | 1, K)
-            seen.append(rows.any(-2))
-            n = min(_ROWS, Q - start)
-            itself.append(rows.expand(*rows.shape[:-2], n, K).diagonal(start, -2, -1))
-        padded = ~torch.stack(seen).any(0)  # (B | 1, H | 1, K)
-        return padded if bool((torch.cat(itself, -1) | padded).all()) else None
+        return padding_of(self._visible, Q)
 
-    def _rows_of_mask(self, start: int, stop: int) -> Tensor:
-        assert self.mask is not None
-        return self.mask if self.mask.shape[-2] == 1 else self.mask[..., start:stop, :]
+    def _visible(self, start: int, stop: int) -> Tensor:
+        visible = self.visible(start, stop)
+        assert visible is not None
+        return visible
 
     @cached_property
     def _key_for_scores(self) -> Tensor:
@@ -257,7 +253,7 @@ class AttentionCall:
 
     @cached_property
     def _is_finite(self) -> bool:
-        """Queries and keys are."""
+        """Whether queries and keys are."""
         return all(bool(x.isfinite().all()) for x in (self.query, self.key) if x is not None)
 
     @cached_property
@@ -267,14 +263,14 @@ class AttentionCall:
 
     @property
     def query_or_scores(self) -> Tensor:
-        """The queries, or else the scores."""
-        query_or_scores = self.model_scores if self.model_scores is not None else self.query
-        assert query_or_scores is not None
-        return query_or_scores
+        """The scores that the model computed itself, or else the queries."""
+        tensor = self.model_scores if self.model_scores is not None else self.query
+        assert tensor is not None
+        return tensor
 
 
 def _at_least(lowest: float, scores: Tensor, out: Tensor | None) -> Tensor:
-    """Scores, none below ``lowest``, in ``out`` where there is one."""
+    """Return scores of which none is below ``lowest``, in ``out`` where there is one."""
     if out is None:
         return scores if lowest == -torch.inf else scores.clamp(min=lowest)
     return torch.clamp(scores, min=lowest, out=out[: scores.numel()].view(scores.shape))

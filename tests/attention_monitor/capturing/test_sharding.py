@@ -83,6 +83,17 @@ class Model(nn.Module):
         return x
 
 
+class MultiHead(nn.Module):
+    """nn.MultiheadAttention with weights for q, k and v, which are given to its function as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(C, C // D, kdim=C + 1, vdim=C + 1, bias=False, batch_first=True)
+
+    def forward(self, query, key):
+        return self.attn(query, key, key, need_weights=False)[0]
+
+
 class Attend(nn.Module):
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
@@ -144,6 +155,13 @@ def cases(mesh):
         yield "dp x mlp", sharded(parallel(Model(), mlp, mlp), Attention), Model()
     elif tp.size() == 2:
         q = torch.randn(B, 4, T, D, generator=torch.Generator().manual_seed(2))
+        model, memory = MultiHead(), torch.randn(B, T, C + 1)
+        for part in model.modules():
+            for name, weight in list(part.named_parameters(recurse=False)):
+                place = Shard(0) if name.endswith("proj_weight") else Replicate()
+                setattr(part, name, nn.Parameter(distribute_tensor(weight.data, tp, [place])))
+        given = [distribute_tensor(x, tp, [Replicate()]) for x in (X, memory)]
+        yield "multihead", (model, *given), None
         yield "sharded queries", (Attend(), *(distribute_tensor(q, tp, [Shard(1)]) for _ in range(3))), None
 
 
@@ -234,8 +252,9 @@ def test_where_one_layer_is_split_the_other_is_captured(found):
         assert "a call of blocks.0.attn.core: its heads are split over 2 processes" in said[0]
 
 
-def test_queries_that_are_sharded_themselves_are_refused(found):
-    for sites, said, error, _ in found["tp"]["sharded queries"]:
+@pytest.mark.parametrize(("case", "site"), [("sharded queries", "Attend"), ("multihead", "attn")])
+def test_queries_that_are_sharded_themselves_are_refused(found, case, site):
+    for sites, said, error, _ in found["tp"][case]:
         assert sites == {}
         assert "its heads are split over 2 processes (tensor parallelism: its query is sharded over 'tp')" in said[0]
-        assert "Attend (its heads are split" in error
+        assert f"{site} (its heads are split" in error
