@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def may_be_sharded() -> bool:
 
     Parameters that FSDP2 shards do not count: they are whole while their module's forward runs.
     """
-    return _DTENSORS in sys.modules
+    return dist.is_available() and dist.is_initialized() and _DTENSORS in sys.modules
 
 
 class SplitProjections:
@@ -57,7 +58,10 @@ class SplitProjections:
             origins: where tensors come from.
             at: path of the module that called it.
         """
-        if not isinstance(result, Tensor) or KINDS.get(func) not in (Kind.LAYER, Kind.PRODUCT) or func is F.embedding:
+        is_dtensor = isinstance(result, sys.modules[_DTENSORS].DTensor)
+        if not is_dtensor and not self._split:  # nearly always: nothing to take note of
+            return
+        if KINDS.get(func) not in (Kind.LAYER, Kind.PRODUCT) or func is F.embedding or not isinstance(result, Tensor):
             return
         given = list(tensors_in((*args, *kwargs.values())))
         weights = [tensor for tensor in given if _is_weight(tensor, origins)]

@@ -963,14 +963,18 @@ def test_xformers_is_read_from_its_operator(xformers_operator, mask_type, offset
 # Your own
 
 
-def test_another_kind_of_call_is_one_class(monkeypatch):
-    def my_kernel(q, k, v):
+@pytest.fixture
+def my_kernel(monkeypatch):
+    def kernel(q, k, v):
         if torch.overrides.has_torch_function((q, k, v)):
-            return torch.overrides.handle_torch_function(my_kernel, (q, k, v), q, k, v)
+            return torch.overrides.handle_torch_function(kernel, (q, k, v), q, k, v)
         return (q @ k.mT).softmax(-1) @ v
 
-    monkeypatch.setitem(RECOGNISERS, my_kernel, None)
+    monkeypatch.setitem(RECOGNISERS, kernel, None)  # what the test registers goes with it
+    return kernel
 
+
+def test_another_kind_of_call_is_one_class(my_kernel):
     class MyKernel(Recogniser):
         functions = (my_kernel,)
 
@@ -982,3 +986,72 @@ def test_another_kind_of_call_is_one_class(monkeypatch):
     with capture(model := Attend(my_kernel)) as calls:
         model(q, q, q)
     torch.testing.assert_close(calls[0].pattern(), (q @ q.mT).softmax(-1))
+    with (
+        pytest.raises(NoAttentionError, match=r"that is multiplied with values, and MyKernel\. Use one of them"),
+        capture(model := nn.Linear(2, 2)),
+    ):
+        model(torch.randn(2, 2))
+
+
+def test_a_recogniser_may_run_around_a_call_and_judge_a_forward(my_kernel):
+    class Judge(Recogniser):
+        functions = (my_kernel,)
+        reads = "two kernels in a row"
+
+        def __init__(self):
+            self.paths = []
+
+        def around(self, func, args, kwargs):
+            return func(*args, **kwargs) + 1
+
+        def read(self, call):
+            self.paths.append(call.frames[-1].name)
+
+        def at_end_of_forward(self, understood):
+            yield from ((path, f"only {len(self.paths)} after {sorted(understood)}") for path in self.paths)
+            self.paths.clear()
+
+    q = torch.randn(1, 1, T, 4)
+    model = nn.Sequential(Call(), Attend(my_kernel))
+    for _ in range(2):  # a capture of its own has a recogniser of its own
+        with (
+            pytest.warns(UserWarning, match=r"a call of model.1: only 1 after \['model.0'\]") as caught,
+            capture(whole := Both(model)),
+        ):
+            outputs = [whole(q) for _ in range(2)]
+        assert len(caught) == 1
+    torch.testing.assert_close(outputs[0], (q @ q.mT).softmax(-1) @ q + 1)
+    with (
+        pytest.warns(UserWarning, match="a call of Attend: only 1 after"),
+        pytest.raises(NoAttentionError, match=r", and two kernels in a row\. Where no reason"),
+        capture(model[1]),
+    ):
+        model[1](q, q, q)
+
+
+def test_a_recogniser_that_fails_does_not_stop_the_model(my_kernel):
+    class Failing(Recogniser):
+        functions = (my_kernel,)
+
+        def read(self, call):
+            return None
+
+        def at_end_of_forward(self, understood):
+            raise ZeroDivisionError("oops")
+
+    q = torch.randn(1, 1, T, 4)
+    model = Both(nn.ModuleList([Call(), Attend(my_kernel)]))
+    with pytest.warns(UserWarning, match="a call of Both: ZeroDivisionError: oops"), capture(model) as calls:
+        model(q)
+    assert len(calls) == 1
+
+
+class Both(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, q):
+        for attend in self.model:
+            z = attend(q, q, q)
+        return z

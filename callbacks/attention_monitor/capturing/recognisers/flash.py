@@ -4,7 +4,7 @@ Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head di
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class FlashKernel(Recogniser):
     }
     _UNREADABLE = ("block_table", "block_tables", "leftpad_k", "seqused_k", "seqlen_k", "q_descale", "k_descale")
 
-    def read(self, call: FunctionCall) -> AttentionCall:
+    def _arguments(self, call: FunctionCall) -> dict[str, Any]:
+        """Return the arguments that were given, by one name each whatever the operator calls them."""
         overload = call.func if isinstance(call.func, torch._ops.OpOverload) else call.func.default
         names = [argument.name for argument in overload._schema.arguments]
         given = dict(zip(names, call.args, strict=False)) | call.kwargs
@@ -47,6 +48,10 @@ class FlashKernel(Recogniser):
         unreadable = [name for name in self._UNREADABLE if name in given]
         if unreadable:
             raise NotUnderstoodError(f"{overload.name()} was given {', '.join(unreadable)}, which is not supported")
+        return given
+
+    def read(self, call: FunctionCall) -> AttentionCall:
+        given = self._arguments(call)
         query, key = given["query"], given["key"]
         self_attention = call.same_sequence(query, key)
         query, key, value = query.detach(), key.detach(), given["value"].detach()
@@ -56,14 +61,14 @@ class FlashKernel(Recogniser):
         Q, K, device = query.shape[2], key.shape[2], query.device
         q_segment, q_local, q_lengths = _segments(given.get("cu_seqlens_q"), Q, device)
         k_segment, k_local, k_lengths = _segments(given.get("cu_seqlens_k"), K, device)
-        # the last query is aligned with the last key; the numbers of custom_mask_type: 1 aligns the first ones
+        # The last query is aligned with the last key. Only xformers may align the first ones: custom_mask_type 1.
         from_top = given.get("custom_mask_type", 0) == 1
         if not from_top and len(q_lengths) == len(k_lengths):
             q_local = q_local + (k_lengths - q_lengths)[q_segment]
         causal = bool(given.get("is_causal", False)) or given.get("custom_mask_type", 0) > 0
         left = given.get("window_left", -1)
         right = 0 if causal else given.get("window_right", -1)
-        window = given.get("window_size", 0)  # of the efficient kernel: the keys from i - window + 1
+        window = given.get("window_size", 0)  # the efficient kernel shows keys from i - window + 1 on
         left = window - 1 if window > 0 else left
 
         def allowed(start: int, stop: int) -> Tensor:
