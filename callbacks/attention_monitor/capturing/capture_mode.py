@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from ..discovery import load_modules
 from ..errors import NoAttentionError, Once
 from ..naming import final_site
 from . import recognisers
@@ -27,8 +26,7 @@ from .recognisers.base import RECOGNISERS, FunctionCall, NotUnderstoodError, Rec
 from .running_modules import RunningModules, may_take_fast_path
 from .sharding import SplitProjections, may_be_sharded
 
-for _found in iter_modules(recognisers.__path__):
-    import_module(f"{recognisers.__name__}.{_found.name}")  # each registers what it reads
+load_modules(recognisers)
 
 
 class Capture(TorchFunctionMode):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -137,3 +138,23 @@ def _reason(what: str, tensor: Tensor, dims: Sequence[int], where: str) -> str:
         f"its {what} are split over {n} processes (tensor parallelism: {where}), and numbers of different {what} would "
         "be mixed; leave it out with sites=, or watch a run without tensor parallelism"
     )
+
+
+_SAMPLED = 8  # entries at either end of a weight: two parts of a split weight differ there already
+
+
+def sample_weights(model: nn.Module, module: nn.Module) -> bytes:
+    """Sample the weights of a module, which are the same on processes that compute the same heads.
+
+    Weights that only look different because they are stored in shards between forwards (FSDP, DeepSpeed's ZeRO) are
+    left out.
+
+    Args:
+        model: model that the module is part of.
+        module: module that calls attention.
+    """
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        return b""
+    plain = [weight.detach().flatten() for weight in module.parameters() if type(weight.data) is Tensor]
+    ends = [end.double() for weight in plain for end in (weight[:_SAMPLED], weight[-_SAMPLED:])]
+    return torch.cat(ends).cpu().numpy().tobytes() if ends else b""

@@ -4,7 +4,7 @@ Shapes: B sequences, H heads, Q queries, K keys.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import nn
 
 from ..capturing.attention_call import AttentionCall
 from ..capturing.capture_mode import Capture
-from ..errors import NoAttentionError, Once
+from ..capturing.running_modules import module_names
+from ..capturing.sharding import sample_weights
+from ..errors import AttentionMonitorError, NoAttentionError, Once
 from ..naming import final_site
 from ..probes.base import ProbeBatch, ScoreFunction
 from ..probes.layer_measures import LayerOutputs
@@ -100,14 +102,14 @@ class Measurement:
         n = B if self.max_sequences is None else min(B, self.max_sequences)
         if self.max_tokens is not None:
             n = min(n, max(1, self.max_tokens // max(1, Q)))
-        call = call.first(n)
+        call = call.first_sequences(n)
         site = self._seen.get(call.site) or SiteMeasurement(
             HeadTotals(self.statistics, self.max_tokens, self._workspace, self._on_failure),
             not call.is_self_attention,
             call.shape[1],
         )
         if self.with_patterns and site.pattern is None:
-            site.pattern = picture(call.first(1))[0].cpu()
+            site.pattern = picture(call.first_sequences(1))[0].cpu()
             self.pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
         # a statistic of the user's own may draw numbers, and training must not notice
         with torch.random.fork_rng([call.device] if call.device.type == "cuda" else []):
@@ -148,15 +150,21 @@ class Measurement:
         return {final_site(name, self._capture.sites): site for name, site in self._seen.items()}
 
     def sites_of_all_ranks(self) -> dict[str, SiteMeasurement]:
-        """Put the totals of all ranks together, each of which has to call this; patterns are this rank's own."""
+        """Put the totals of all ranks together, each of which has to call this; patterns are this rank's own.
+
+        Raises:
+            AttentionMonitorError: when the weights of a module are not the same on all ranks, the first time.
+        """
         everyone: list[Any] = [None] * dist.get_world_size()
         mine = {name: (site.is_cross, site.n_heads, site.totals.on_cpu()) for name, site in self._seen.items()}
-        dist.all_gather_object(everyone, (self._capture.sites, mine))
+        weights = self._sampled_weights() if self._once.is_new("weights", "compared") else {}
+        dist.all_gather_object(everyone, (self._capture.sites, mine, weights))
+        _require_same_weights([of_rank for _, _, of_rank in everyone])
         n_calls: Counter[str] = Counter()
-        for theirs, _ in everyone:
+        for theirs, _, _ in everyone:
             n_calls |= Counter(theirs)  # the larger of each
         merged: dict[str, SiteMeasurement] = {}
-        for _, sites in everyone:
+        for _, sites, _ in everyone:
             for name, (is_cross, n_heads, totals) in sites.items():
                 empty = SiteMeasurement(HeadTotals(self.statistics), is_cross, n_heads)
                 site = merged.setdefault(final_site(name, n_calls), empty)
@@ -165,3 +173,18 @@ class Measurement:
         for name, site in self._seen.items():
             merged[final_site(name, n_calls)].pattern = site.pattern
         return merged
+
+    def _sampled_weights(self) -> dict[str, bytes]:
+        """Sample the weights of the modules that were seen, by their paths."""
+        modules = {name or type(module).__name__: module for module, name in module_names(self.model).items()}
+        return {path: sample_weights(self.model, modules[path]) for path in self._capture.sites if path in modules}
+
+
+def _require_same_weights(of_ranks: Sequence[Mapping[str, bytes]]) -> None:
+    for path in dict.fromkeys(path for weights in of_ranks for path in weights):
+        if len({weights[path] for weights in of_ranks if path in weights}) > 1:
+            raise AttentionMonitorError(
+                f"The weights of {path} are not the same on all processes, so that its heads are not the same heads "
+                "(split over processes by tensor parallelism, or layers of a pipeline), and their numbers would be "
+                "mixed; leave it out with sites=, watch a run with data parallelism alone, or leave the monitor out."
+            )

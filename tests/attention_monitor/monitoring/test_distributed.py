@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
 
-from attention_monitor import AttentionRecorder
+from attention_monitor import AttentionMonitorError, AttentionRecorder
 
 from ..project import VOCAB, Project, T
 
@@ -91,6 +93,51 @@ def test_sites_have_one_name_on_all_ranks_though_one_calls_a_module_more_often(t
 def test_no_data_anywhere_is_no_snapshot(tmp_path):
     mp.spawn(work, ([None, None], str(tmp_path)), nprocs=2)
     assert json.loads((tmp_path / "0.json").read_text())[0] is None
+
+
+class SplitByHand(nn.Module):
+    """Attention of which each process computes one head, with weights of its own."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.project, self.out = nn.Linear(8, 12), nn.Linear(4, 8)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter.data, generator=generator)
+
+    def forward(self, x):
+        q, k, v = (part.unsqueeze(1) for part in self.project(x).chunk(3, -1))  # (B, 1, T, 4)
+        out = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        dist.all_reduce(out.data)
+        return out
+
+
+def split_by_hand(rank, same, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    recorder = AttentionRecorder(SplitByHand(0 if same else rank), 1, statistics=NAMES, all_ranks=True)
+    said = []
+    for step in range(2):
+        try:
+            with recorder.step(step), torch.no_grad():
+                recorder.model(torch.ones(2, 3, 8))
+        except AttentionMonitorError as error:
+            said.append(str(error))
+    recorder.close(complete=False)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([said, list(recorder.snapshots)]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["copies of one model", "other heads on each process"])
+def test_heads_of_other_weights_are_not_averaged(tmp_path, same):
+    mp.spawn(split_by_hand, (same, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        said, sources = json.loads((tmp_path / f"{rank}.json").read_text())
+        if same:
+            assert (said, sources) == ([], ["live"])
+        else:
+            assert "The weights of SplitByHand are not the same on all processes" in said[0]
+            assert "leave it out with sites=" in said[0]
 
 
 TRAINING = """
