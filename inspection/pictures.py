@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from attention_monitor import AttentionMaps
-from attention_monitor.analysis import attention_flow
+from attention_monitor.analysis import flow
+from attention_monitor.naming import head_heading, head_name, layer_name
 from attention_monitor.plots.drawing import MAX_WRITTEN
 from attention_monitor.plots.figures import (
     animate_head,
@@ -26,12 +27,12 @@ from attention_monitor.plots.figures import (
 from attention_monitor.probes.layer_measures import rollout
 from attention_monitor.statistics.registry import STATISTICS
 
-from .report import Comparison, ModelReading, Selection
+from .report import Comparison, Findings, Selection
 
 Picture = tuple[str, Callable[[], Figure | Image.Image]]  # name of its file, and what draws it
 
 
-def pictures(found: ModelReading, selection: Selection, statistics: Sequence[str], vmax: float | None, whole: bool,
+def pictures(found: Findings, selection: Selection, statistics: Sequence[str], vmax: float | None, whole: bool,
              of_layers: bool) -> list[Picture]:  # fmt: skip
     """Those of heads, of each layer with its heads, and over layers.
 
@@ -64,8 +65,8 @@ def difference_pictures(comparison: Comparison, selection: Selection) -> list[Pi
 
         def draw(layer: int = layer, heads: Sequence[int] = heads) -> Figure:
             a, b = (maps.pattern(layer)[list(heads)] for maps in (before, after))
-            title = f"{_title(before, layer).strip()}: after - before"
-            names = [f"H{head}" for head in heads]
+            title = f"{_layer_title(before, layer)}: after - before"
+            names = [head_heading(head) for head in heads]
             return plot_differences(a, b, *before.tokens_of(layer), names=names, title=title, vmax=largest or 1)
 
         drawn.append((f"layer_{layer}_difference.png", draw))
@@ -78,13 +79,22 @@ def animation(
 ) -> FuncAnimation:
     """One head over the checkpoints of a run."""
     patterns = [of_step.pattern(layer)[head].numpy() for of_step in maps]
-    return animate_head(patterns, steps, *maps[0].tokens_of(layer), title=f"{_title(maps[0], layer)}H{head}", vmax=vmax)
+    return animate_head(patterns, steps, *maps[0].tokens_of(layer), title=_head_title(maps[0], layer, head), vmax=vmax)
 
 
-def _title(maps: AttentionMaps, layer: int) -> str:
-    """``L3``, or the path of a module with a space, so that a head's number can follow."""
+def _layer_title(maps: AttentionMaps, layer: int) -> str:
+    """Name a layer by its number, as ``--layer`` takes it, and by its path where a number says too little."""
+    return f"{layer_name(layer)}{_path(maps, layer)}"
+
+
+def _head_title(maps: AttentionMaps, layer: int, head: int) -> str:
+    return f"{head_name(layer, head)}{_path(maps, layer)}"
+
+
+def _path(maps: AttentionMaps, layer: int) -> str:
+    """Return the path of a layer that is not of one plain stack, set off by a space."""
     label = maps.labels[layer]
-    return f"L{int(label[1:])}" if label[1:].isdigit() else f"{label} "
+    return "" if label[1:].isdigit() else f" {label}"
 
 
 class HeadPainter:
@@ -96,7 +106,7 @@ class HeadPainter:
 
     def __call__(self, layer: int, head: int) -> Figure | Image.Image:
         weights, labels = self._pattern(layer)[head], self._maps.tokens_of(layer)
-        title = f"{_title(self._maps, layer)}H{head}"
+        title = _head_title(self._maps, layer, head)
         if max(weights.shape) <= MAX_WRITTEN or self._vmax is None:  # numbers or colour bar are another in each
             return _figure(plot_head(weights, *labels, title=title, vmax=self._vmax))
         if self._layer != layer:
@@ -118,19 +128,19 @@ class HeadPainter:
 
 def _heads(maps: AttentionMaps, pattern: Any, layer: int, heads: Sequence[int], vmax: float | None) -> Figure:
     n = maps.n_heads(layer)
-    title = f"{_title(maps, layer).strip()}: {'all heads' if len(heads) == n else f'{len(heads)} of {n} heads'}"
-    names = [f"H{head}" for head in heads]
+    title = f"{_layer_title(maps, layer)}: {'all heads' if len(heads) == n else f'{len(heads)} of {n} heads'}"
+    names = [head_heading(head) for head in heads]
     return plot_heads(pattern(layer)[list(heads)], *maps.tokens_of(layer), names=names, title=title, vmax=vmax)
 
 
-def _over_layers(found: ModelReading, statistics: Sequence[str], vmax: float | None) -> Iterator[Picture]:
-    maps, values = found.maps, found.snapshot
-    shares = attention_flow(values)
+def _over_layers(found: Findings, statistics: Sequence[str], vmax: float | None) -> Iterator[Picture]:
+    maps, values = found.maps, found.values
+    shares = flow(values)
     stacks = list(dict.fromkeys(maps.stacks))
     for i, stack in enumerate(stacks):
         layers = [layer for layer, of in enumerate(maps.stacks) if of == stack]
         suffix, of_stack = ("", "") if len(stacks) == 1 else (f"_{i}", f": {stack}")
-        names, labels = [f"L{layer}" for layer in layers], maps.tokens_of(layers[0])
+        names, labels = [layer_name(layer) for layer in layers], maps.tokens_of(layers[0])
 
         def averaged(layers: Any = layers, names: Any = names, labels: Any = labels, of: str = of_stack) -> Figure:
             means = [maps.pattern(layer).mean(0) for layer in layers]
@@ -158,8 +168,8 @@ def _over_layers(found: ModelReading, statistics: Sequence[str], vmax: float | N
         yield f"matrix_{name}.png", partial(_matrix, maps, rows, title, STATISTICS[name].range)
 
 
-def _matrix(maps: AttentionMaps, rows: Sequence[Any], title: str, value_range: str) -> Figure:
-    names = [_title(maps, layer).strip() for layer in range(len(maps))]
+def _matrix(maps: AttentionMaps, rows: Sequence[Tensor], title: str, value_range: str) -> Figure:
+    names = [_layer_title(maps, layer) for layer in range(len(maps))]
     low, high = ({"0": 0.0, "1": 1.0}.get(bound) for bound in value_range.split(".."))
     return _figure(plot_matrix(rows, names, title=title, vmin=low, vmax=high))
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import analyze
 from attention_monitor import AttentionMonitorError, capture
+from attention_monitor.naming import head_name
 from attention_monitor.plots.fonts import missing_glyphs
 from gpt import InputError
 from gpt.checkpoint import load_checkpoint
@@ -122,7 +123,7 @@ def test_pictures_of_heads_are_those_of_plot_head(checkpoint, tmp_path, capsys):
     for layer in range(2):
         for head in range(3):  # each is painted over the one before
             file = io.BytesIO()
-            ax = plot_head(maps.pattern(layer)[head], maps.tokens, title=f"L{layer}H{head}")
+            ax = plot_head(maps.pattern(layer)[head], maps.tokens, title=head_name(layer, head))
             ax.figure.savefig(file, dpi=100)
             with Image.open(file) as one, Image.open(tmp_path / "out" / f"layer_{layer}_head_{head}.png") as other:
                 a, b = (

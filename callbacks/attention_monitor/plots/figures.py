@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ..errors import AttentionMonitorError
+from ..naming import head_heading, layer_name
 from .drawing import (
     COLOURS,
     DIFFERENCES,
@@ -116,7 +117,7 @@ def plot_heads(
         vmax: weight with the brightest colour; None: the largest there is.
     """
     maps = list(as_array(patterns, "patterns", "(H, Q, K)"))
-    names = [f"H{head}" for head in range(len(maps))] if names is None else names
+    names = [head_heading(head) for head in range(len(maps))] if names is None else names
     return draw_page(maps, names, tokens, key_tokens, title, weight_norm(maps, vmax), COLOURS, "weight")
 
 
@@ -132,7 +133,7 @@ def plot_differences(
 ) -> Figure:
     """``plot_difference`` of several heads (H, Q, K), side by side, with one colour scale."""
     maps = list(difference_of(before, after, "(H, Q, K)"))
-    names = [f"H{head}" for head in range(len(maps))] if names is None else names
+    names = [head_heading(head) for head in range(len(maps))] if names is None else names
     norm = difference_norm(maps, vmax)
     return draw_page(maps, names, tokens, key_tokens, title, norm, DIFFERENCES, "difference of weights")
 
@@ -150,7 +151,7 @@ def plot_layers(
 
     Args:
         patterns: of each layer (H, Q, K), which is averaged over H, or (Q, K); layers may differ in their shapes.
-        names: of the layers; None: L0, L1, ...
+        names: of the layers; None: L00, L01, ...
 
     The others are those of ``plot_heads``.
     """
@@ -158,7 +159,7 @@ def plot_layers(
     for layer in patterns:
         weights = as_array(layer, "a layer's pattern", "(H, Q, K)", "(Q, K)")
         maps.append(weights.mean(0) if weights.ndim == 3 else weights)
-    names = [f"L{layer}" for layer in range(len(maps))] if names is None else names
+    names = [layer_name(layer) for layer in range(len(maps))] if names is None else names
     return draw_page(maps, names, tokens, key_tokens, title, weight_norm(maps, vmax), COLOURS, "weight")
 
 
@@ -215,7 +216,7 @@ def plot_matrix(
 
     Args:
         values: (L, H), or (H,) of each layer, where layers differ in their heads; NaN leaves a cell white.
-        names: of the layers; None: L0, L1, ...
+        names: of the layers; None: L00, L01, ...
         ax: where to draw; None: a new figure.
         vmin: value with the darkest colour; None: the smallest there is.
         vmax: value with the brightest colour; None: the largest there is.
@@ -229,7 +230,7 @@ def plot_matrix(
     matrix = np.full((len(rows), max(map(len, rows))), np.nan)
     for layer, row in enumerate(rows):
         matrix[layer, : len(row)] = row
-    names = checked_labels(names, len(rows), "names", "layers") or [f"L{layer}" for layer in range(len(rows))]
+    names = checked_labels(names, len(rows), "names", "layers") or [layer_name(layer) for layer in range(len(rows))]
     written = matrix.shape[1] <= 32 if annotate is None else annotate
     if ax is None:
         cell = 0.5 if written else 0.2
@@ -245,7 +246,7 @@ def plot_matrix(
     names = [with_known_glyphs(name) for name in names]
     ax.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8, fontfamily=font_families(names))
     if matrix.shape[1] <= 32:
-        ax.set_xticks(range(matrix.shape[1]), [f"H{head}" for head in range(matrix.shape[1])], fontsize=8)
+        ax.set_xticks(range(matrix.shape[1]), [head_heading(head) for head in range(matrix.shape[1])], fontsize=8)
     else:
         ax.set_xlabel("head")
     ax.tick_params(length=0)

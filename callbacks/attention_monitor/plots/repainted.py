@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
+from ..naming import head_heading
 from .drawing import COLOURS, short_number
 from .fonts import font_families, short_token
 
@@ -124,7 +125,7 @@ class Mosaic(Live):
         for label, row in zip(labels, rows, strict=True):
             self.write(label, 6, self.top + (row + Q / 2) * self.cell[0], 8)
         for head, column in enumerate(columns if self._are_heads else ()):
-            self.write(f"H{head}", self.left + (column + K / 2) * self.cell[1], self.top - 9, 8, ha="center")
+            self.write(head_heading(head), self.left + (column + K / 2) * self.cell[1], self.top - 9, 8, ha="center")
 
     def draw(self, patterns: Sequence[np.ndarray]) -> np.ndarray:
         """Pixels (height, width, 3), uint8, for patterns (H, Q, K) of each layer, in the shapes given before."""
@@ -156,7 +157,7 @@ class HeadMatrix(Live):
         super().__init__(self.grid, (28, 42), margins, title)
         self.low, self.high = map(_finite_number, value_range.split(".."))
         self.axes.set_yticks(range(self.grid[0]), labels, fontsize=8, parse_math=False)
-        self.axes.set_xticks(range(self.grid[1]), [f"H{head}" for head in range(self.grid[1])], fontsize=8)
+        self.axes.set_xticks(range(self.grid[1]), [head_heading(head) for head in range(self.grid[1])], fontsize=8)
         self.axes.tick_params(labeltop=True, labelbottom=False)
         self._font = ImageFont.truetype(findfont("DejaVu Sans"), 10)
 
