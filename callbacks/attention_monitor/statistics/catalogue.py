@@ -1,17 +1,31 @@
-"""AttentionCall -> one number per head, in blocks of query rows, never the whole Q x K.
+"""The statistics: one decorated function each, with its formula.
 
-A statistic is one decorated function, which gives one number a row, (B, H, R): of a ``RowBlock``, where it looks at
-weights, or of ``Rows``, where the few numbers that are kept of each row are enough. The engine reduces rows to heads.
-Notation and shapes as in ``row_blocks.py``.
+A statistic gives one number for each row, (B, H, R). It takes ``Rows`` where the few numbers that are kept of each row
+are enough, and a ``RowBlock`` where it looks at weights. ``HeadTotals`` reduces rows to heads. Notation and shapes are
+those of ``row_blocks.py``. ``docs/statistics.md`` is made from the docstrings.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import AttentionMonitorError
 from .registry import STATISTICS, Statistic, statistic
 from .row_blocks import RowBlock, Rows
+
+
+def where_finite(values: Tensor, witness: Tensor) -> Tensor:
+    """Return values of rows, with NaN in the place of those whose witness is NaN or infinite.
+
+    A count, a comparison or a mask turns the NaN of a broken row into an ordinary number, which would let the row pass
+    for a healthy one and its head's mean look fine.
+
+    Args:
+        values: (B, H, R), or what broadcasts to it; bool becomes 0 and 1.
+        witness: (B, H, R) floating-point numbers of the same rows that are finite where the row is.
+    """
+    return torch.where(witness.isfinite(), values.to(witness.dtype), torch.nan)
 
 
 @statistic(unit="nats", range="0..ln n_i", needs=[])
@@ -35,7 +49,7 @@ def normalized_entropy(rows: Rows) -> Tensor:
 @statistic(unit="nats", range="0..ln n_i", needs=[])
 def max_entropy(rows: Rows) -> Tensor:
     """Entropy that the row would have if it were uniform, ln n_i: what ``entropy`` is to be compared with."""
-    return rows.n_keys.to(rows.max_score.dtype).log() + 0 * rows.entropy  # NaN for a row that has one
+    return where_finite(rows.n_keys.to(rows.max_score.dtype).log(), rows.entropy)
 
 
 @statistic(unit="1", range="0..1", self_attention_only=True, needs=["own_weight"])
@@ -89,14 +103,14 @@ def mean_distance(rows: Rows) -> Tensor:
 def sparsity(block: RowBlock, threshold: float = 0.1) -> Tensor:
     """Keys that the row may see and gives less than ``threshold`` of its weight, p_ij < 0.1."""
     n_small = ((block.weights < threshold) & block.allowed).sum(-1)
-    return n_small / block.n_keys + 0 * block.entropy  # NaN for a row that has one
+    return where_finite(n_small / block.n_keys, block.entropy)
 
 
 @statistic(unit="1", range="0..0.5")
 def weight_std(block: RowBlock) -> Tensor:
     """Standard deviation of p_ij over the keys that the row may see: 0 for a uniform row."""
     n = block.n_keys.to(block.max_score.dtype)
-    # not by the sum of squares: close to uniform that would leave nothing but rounding
+    # deviations are squared, and not the weights: close to uniform, sum p^2 - 1/n would be nothing but rounding
     deviation = (block.weights - 1 / n[..., None]).masked_fill(~block.allowed, 0)
     return ((deviation * deviation).sum(-1) / n).sqrt()
 
@@ -104,7 +118,7 @@ def weight_std(block: RowBlock) -> Tensor:
 @statistic(unit="1", range="0..1", rows="visible", self_attention_only=True, needs=["later_weight"])
 def future_mass(rows: Rows) -> Tensor:
     """Weight on later tokens, sum_j p_ij for j > i: 0 in a causal model, unless its mask leaks."""
-    return rows.later_weight + 0 * rows.entropy  # NaN for a row that has one
+    return where_finite(rows.later_weight, rows.entropy)
 
 
 @statistic(unit="1", range="0..1", self_attention_only=True)
@@ -134,7 +148,7 @@ def collapse_fraction(rows: Rows, threshold: float = 0.95) -> Tensor:
 
     High in healthy previous-token and induction heads too: read it with max_score.
     """
-    return (rows.max_weight > threshold) + 0 * rows.max_weight  # NaN for a row that has one
+    return where_finite(rows.max_weight > threshold, rows.max_weight)
 
 
 @statistic(unit="score", range="-inf..inf", reduce="max", rows="visible", needs=[])
@@ -174,7 +188,7 @@ def nonfinite_value(rows: Rows) -> Tensor:
     return rows.nonfinite("value")
 
 
-# What a training run wants to see, and what costs next to nothing beside the scores themselves.
+# What a training run needs to see. They cost next to nothing beside the scores themselves.
 DEFAULT_STATISTICS = (
     "entropy",
     "normalized_entropy",
@@ -189,10 +203,13 @@ DEFAULT_STATISTICS = (
 
 
 def resolve_statistics(names: Sequence[str]) -> list[Statistic]:
-    """The registry's entries for ``names``.
+    """Return the registry's entries for names, in their order.
+
+    Args:
+        names: names of statistics; a string is one name.
 
     Raises:
-        AttentionMonitorError: on a name that is not registered.
+        AttentionMonitorError: on a name that is not registered, or is given twice.
     """
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list | tuple):

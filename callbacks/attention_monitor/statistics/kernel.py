@@ -1,6 +1,6 @@
-"""The quantities of ``Rows`` in one pass over the keys, without scores ever being written: a Triton kernel for GPUs.
+"""A Triton kernel for GPUs: the quantities of ``Rows`` in one pass over the keys, without scores in memory.
 
-Not imported unless triton is there: torch's builds for CUDA bring it along.
+Nothing imports it where triton is not installed; torch's builds for CUDA bring it along.
 """
 
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ def _rows_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Stores QUANTITIES in their order, then the number of keys that a row may see.
+    """Store QUANTITIES in their order, then the number of keys that a row may see.
 
     MASK: 0 none, 1 bool (True: may attend), 2 added to the score. WIDEN: multiply in float32.
     """
@@ -43,12 +43,13 @@ def _rows_kernel(
     )  # fmt: skip
 
     top = tl.full((BLOCK_R,), _HIDDEN, tl.float32)  # largest score so far
-    total = tl.zeros((BLOCK_R,), tl.float32)  # of e = exp(s - top), as in what follows
-    shifted = tl.zeros((BLOCK_R,), tl.float32)  # of e (s - top)
+    # sums over the keys so far, with e = exp(s - top): of e, of e (s - top), of e^2, of e |i - j|, of e where j > i
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    shifted = tl.zeros((BLOCK_R,), tl.float32)
     squares = tl.zeros((BLOCK_R,), tl.float32)
     distance = tl.zeros((BLOCK_R,), tl.float32)
     later = tl.zeros((BLOCK_R,), tl.float32)
-    own = tl.full((BLOCK_R,), _HIDDEN, tl.float32)  # scores at certain keys
+    own = tl.full((BLOCK_R,), _HIDDEN, tl.float32)  # score of the token itself; then of those before and first
     previous = tl.full((BLOCK_R,), _HIDDEN, tl.float32)
     first = tl.full((BLOCK_R,), _HIDDEN, tl.float32)
     n_keys = tl.zeros((BLOCK_R,), tl.float32)
@@ -75,7 +76,7 @@ def _rows_kernel(
             at = mask_ptr + b * m_b + h * m_h + row[:, None] * m_i + j[None, :] * m_j
             if MASK == 1:
                 visible = tl.load(at, mask=there, other=0) != 0
-                s = s + tl.where(visible, 0.0, _HIDDEN)  # as the function does it: NaN stays NaN
+                s = s + tl.where(visible, 0.0, _HIDDEN)  # added, not replaced: NaN stays NaN, as in SDPA
                 allowed = allowed & visible
             else:
                 added = tl.load(at, mask=there, other=0.0).to(tl.float32)
@@ -87,7 +88,7 @@ def _rows_kernel(
 
         new_top = tl.maximum(top, tl.max(s, 1))
         keep = tl.exp(top - new_top)
-        # every s - top has become smaller by the same amount
+        # the largest score has grown: every s - top so far is smaller by the same amount
         shifted = keep * (shifted + (top - new_top) * total)
         difference = s - new_top[:, None]
         e = tl.exp(difference)
@@ -119,7 +120,7 @@ def _rows_kernel(
 
 
 def supports(call: AttentionCall) -> bool:
-    """Whether the kernel takes a call: queries and keys in float32 or half precision, and a mask that is a tensor."""
+    """Whether the kernel takes a call: queries and keys in float32 or half precision, and any mask is a tensor."""
     query, key = call.query, call.key
     if query is None or key is None or call.score_mod is not None or call.mask_mod is not None or call.n_sinks:
         return False
@@ -127,11 +128,11 @@ def supports(call: AttentionCall) -> bool:
 
 
 def rows_of(call: AttentionCall, row: Tensor) -> Rows:
-    """All quantities of some rows of a call that the kernel supports.
+    """Compute all quantities of some rows of a call.
 
     Args:
-        call: of B sequences, H heads.
-        row: (R,) numbers of rows, ascending.
+        call: attention call of B sequences and H heads that the kernel ``supports``.
+        row: (R,) numbers of the rows, ascending.
     """
     assert call.query is not None
     assert call.key is not None

@@ -1,4 +1,4 @@
-"""AttentionCall -> a map for looking at."""
+"""AttentionCall -> a map that is small enough to look at."""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +7,22 @@ from torch import Tensor
 from ..capturing.attention_call import AttentionCall
 from .row_blocks import BLOCK_ELEMENTS
 
+# Positions along a side of a picture: of a model with 12 heads, a row of maps is about as wide as a screen.
+MAX_MAP_SIZE = 96
 
-def picture(call: AttentionCall) -> Tensor:
-    """The pattern (B, H, Q, K), or its largest weights over a grid of at most MAX_MAP_SIZE positions a side.
 
-    Only for looking at. A long one is built a band of rows at a time: memory is O(K), not O(Q x K).
+def pooled_pattern(call: AttentionCall) -> Tensor:
+    """Return the pattern, pooled to at most MAX_MAP_SIZE positions a side.
+
+    Pooling keeps the largest weight of each cell: a mean would let single bright weights of a long text vanish. It is
+    for looking at alone; statistics never come from it. A long pattern is built a band of rows at a time, so that
+    memory is O(K) and not O(Q x K).
+
+    Args:
+        call: attention call of B sequences, H heads, Q queries and K keys.
+
+    Returns:
+        (B, H, min(Q, MAX_MAP_SIZE), min(K, MAX_MAP_SIZE)) weights.
     """
     B, H, Q, K = call.shape
     if max(Q, K) <= MAX_MAP_SIZE:
@@ -19,8 +30,6 @@ def picture(call: AttentionCall) -> Tensor:
     rows, columns = min(Q, MAX_MAP_SIZE), min(K, MAX_MAP_SIZE)
     if B * H * Q * K <= BLOCK_ELEMENTS:
         return F.adaptive_max_pool2d(call.pattern(), (rows, columns))
-    bands = [(Q * i // rows, -(-Q * (i + 1) // rows)) for i in range(rows)]  # as adaptive_max_pool2d has them
+    # first row, and row after the last, of each band: those that adaptive_max_pool2d would take
+    bands = [(Q * i // rows, -(-Q * (i + 1) // rows)) for i in range(rows)]
     return torch.cat([F.adaptive_max_pool2d(call.pattern(*band), (1, columns)) for band in bands], dim=2)
-
-
-MAX_MAP_SIZE = 96  # positions in a picture; longer patterns are pooled

@@ -1,7 +1,7 @@
 """AttentionCall -> what statistics read: a few numbers for each query row, or blocks of rows with all their weights.
 
-Notation: ``s_ij`` score of query i and key j as the model used it, ``p_ij`` its softmax over j, ``n_i`` number of keys
-that row i may see. Shapes: B sequences, H heads, R rows, K keys that some of the rows may see.
+Notation: ``s_ij`` is the score of query i and key j as the model used it, ``p_ij`` its softmax over j, ``n_i`` the
+number of keys that row i may see. Shapes: B sequences, H heads, R rows, K keys that some of the rows may see.
 """
 
 from collections.abc import Iterator
@@ -15,30 +15,39 @@ from torch import Tensor
 from ..capturing.attention_call import AttentionCall
 from ..errors import AttentionMonitorError
 
-# Scores held at a time: what is derived from a block stays in cache, and 64 rows make a matrix product worth while.
+# Most scores that are held at a time, and rows of a block on a CPU: what is derived from a block then stays in its
+# cache, and 64 rows are enough for a matrix product to run at full speed.
 BLOCK_ELEMENTS = 3 << 20
 BLOCK_ROWS = 64
 
-# The score of a masked key within a block: exp gives exactly 0, and 0 times it is 0, which with -inf would be NaN.
+# Score of a masked key within a block: its exp is exactly 0, and 0 times it is 0 (with -inf that would be NaN).
 HIDDEN = -1e30
 
-# Numbers of a row from which statistics are made: the first three are always there, the others where one needs them.
-ALWAYS = ("max_score", "sum_exp", "sum_exp_shifted")
-WHICH_ROWS = ("informative", "informative_with_previous", "visible", "not_padded")
-QUANTITIES = (*ALWAYS, "own_weight", "previous_weight", "first_weight", "later_weight", "sum_of_squares", "distance")
+# Numbers that are kept of each row: the first three always, the others where a statistic needs them.
+ALWAYS_COMPUTED = ("max_score", "sum_exp", "sum_exp_shifted")
+ROW_FILTERS = ("informative", "informative_with_previous", "visible", "not_padded")
+QUANTITIES = (
+    *ALWAYS_COMPUTED,
+    "own_weight",
+    "previous_weight",
+    "first_weight",
+    "later_weight",
+    "sum_of_squares",
+    "distance",
+)
 
 
 class Rows:
-    """What is known of some query rows of a call: a few numbers for each.
+    """A few numbers of each of some query rows of a call.
 
     Attributes:
-        call: whose rows they are.
+        call: attention call of the rows.
         row: (R,) number of each row.
         query_pos: (R,) position of each row among the keys.
         n_keys: n_i, broadcastable to (B, H, R).
         max_score: max_j s_ij, (B, H, R), as all that follow.
         sum_exp: sum_j exp(s_ij - max_j s_ij), 1 or more.
-        sum_exp_shifted: sum_j exp(s_ij - max_j s_ij) (s_ij - max_j s_ij).
+        sum_exp_shifted: sum_j exp(s_ij - max_j s_ij) (s_ij - max_j s_ij), 0 or less.
         own_weight: p_ii; 0 where there is no such key.
         previous_weight: p_{i,i-1}; 0 where there is no such key.
         first_weight: p_{i,0}.
@@ -80,11 +89,16 @@ class Rows:
         return self.lse - self.entropy
 
     def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
-        """Of q the rows with NaN or infinity, of k and v the fraction of keys; (B, H, R) or (B, H, 1)."""
+        """Return where there is NaN or infinity in queries, keys or values.
+
+        Returns:
+            Of ``query`` (B, H, R), 1 for each row that has any. Of ``key`` and ``value`` (B, H, 1), the fraction of
+            keys that have any.
+        """
         found = self.call.nonfinite(which)  # (B, H, Q or K)
         return found[..., self.row] if which == "query" else found.mean(-1, keepdim=True)
 
-    # Which rows count, bool, broadcastable to (B, H, R); named in @statistic(rows=...)
+    # ROW_FILTERS: which rows count, as @statistic(rows=...) names them. Each is bool, broadcastable to (B, H, R).
 
     @cached_property
     def not_padded(self) -> Tensor:
@@ -109,14 +123,14 @@ class Rows:
         return self.informative & (self.query_pos >= 1)
 
 
-class Workspace:
-    """Memory that blocks share one after the other: new memory for each costs as much as what is computed in it."""
+class BufferPool:
+    """Memory that one block after the other uses: to allocate it anew costs as much as what is computed in it."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(n,), with anything in it, until the next ``take`` of the same name."""
+        """Return an uninitialised buffer (n,), valid until the next ``take`` with this name."""
         found = self._buffers.get((name, dtype, device))
         if found is None or len(found) < n:
             found = self._buffers[name, dtype, device] = torch.empty(n, dtype=dtype, device=device)
@@ -124,33 +138,50 @@ class Workspace:
 
 
 class RowBlock(Rows):
-    """Query rows ``start`` to ``stop`` of a call against the keys they may see; what is shared is computed once.
+    """Some query rows of a call against the keys that they may see; what statistics share is computed once.
+
+    Args:
+        call: attention call of the rows.
+        start: first row.
+        stop: row after the last.
+        buffers: memory to share with the blocks before and after; None: memory of its own.
 
     Attributes:
-        allowed: bool, broadcastable to (B, H, R, K): which keys a row may see; last columns may be sinks, which are no
-            position.
-        key_pos: (K - sinks,) position of each key that is one.
+        allowed: bool, broadcastable to (B, H, R, K), keys that a row may see; the last columns may be sinks, which
+            have no position.
+        key_pos: (K - sinks,) position of each key that has one.
+
+    Example:
+        >>> import torch
+        >>> from attention_monitor import AttentionCall, RowBlock
+        >>> query = key = torch.zeros(1, 1, 3, 8)  # (B, H, T, D): every key has the same score
+        >>> block = RowBlock(AttentionCall("attn", query, key, is_causal=True), 0, 2)
+        >>> block.weights  # (B, H, R, K): row 0 sees one key, row 1 two
+        tensor([[[[1.0000, 0.0000],
+                  [0.5000, 0.5000]]]])
+        >>> block.n_keys
+        tensor([1, 2])
     """
 
-    def __init__(self, call: AttentionCall, start: int, stop: int, workspace: Workspace | None = None) -> None:
-        workspace = workspace or Workspace()
+    def __init__(self, call: AttentionCall, start: int, stop: int, buffers: BufferPool | None = None) -> None:
+        buffers = buffers or BufferPool()
         B, H, _, K = call.shape
         size = B * H * (stop - start) * (K + call.n_sinks), call.compute_dtype, call.device
-        scores, self.allowed = call.scores(start, stop, workspace.take("scores", *size), HIDDEN)  # (B, H, R, K)
+        scores, self.allowed = call.scores(start, stop, buffers.take("scores", *size), HIDDEN)  # (B, H, R, K)
         max_score = scores.amax(-1)
         # differences to the largest keep their digits however large the scores are
         shifted = scores.sub_(max_score[..., None])
-        self._exp = torch.exp(shifted, out=workspace.take("exp", *size)[: shifted.numel()].view(shifted.shape))
+        self._exp = torch.exp(shifted, out=buffers.take("exp", *size)[: shifted.numel()].view(shifted.shape))
         sum_exp, sum_exp_shifted = self._exp.sum(-1), shifted.mul_(self._exp).sum(-1)
         n_keys = self.allowed.expand(*self.allowed.shape[:-1], scores.shape[-1]).sum(-1)
-        always = dict(zip(ALWAYS, (max_score, sum_exp, sum_exp_shifted), strict=True))
+        always = dict(zip(ALWAYS_COMPUTED, (max_score, sum_exp, sum_exp_shifted), strict=True))
         super().__init__(call, torch.arange(start, stop, device=call.device), n_keys, always)
         self._start, self._stop = start, stop
         self.key_pos = torch.arange(min(scores.shape[-1], call.n_positions), device=call.device)
 
     @cached_property
     def scores(self) -> Tensor:
-        """s_ij, (B, H, R, K), -inf where masked. Computed once more: not used by the statistics here."""
+        """s_ij, (B, H, R, K), -inf where masked; computed anew, as the buffer of scores has been used up by then."""
         return self.call.scores(self._start, self._stop)[0]
 
     @cached_property
@@ -160,11 +191,11 @@ class RowBlock(Rows):
 
     @property
     def position_weights(self) -> Tensor:
-        """p_ij of the keys that are positions, (B, H, R, positions): those of ``key_pos``."""
+        """p_ij of the keys that have a position, (B, H, R, K - sinks), in the order of ``key_pos``."""
         return self.weights[..., : self.key_pos.numel()]
 
     def weight_at(self, offset: int) -> Tensor:
-        """p at key position i + offset of each row i, (B, H, R); 0 where there is no such key."""
+        """Return p_{i,i+offset} of each row i, (B, H, R); 0 where there is no such key."""
         ahead = self._start + self.call.query_offset + offset  # columns from the diagonal to the keys
         R, n = self._exp.shape[2], self.key_pos.numel()
         before = min(R, max(0, -ahead))
@@ -197,12 +228,17 @@ class RowBlock(Rows):
         return (self.position_weights * distance).sum(-1)
 
 
-def spans(call: AttentionCall, max_rows: int | None = None) -> Iterator[tuple[int, int]]:
-    """First row, and row after the last, of each block of a call; of ``max_rows`` rows spread over it evenly."""
+def row_spans(call: AttentionCall, max_rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield the first row, and the row after the last, of each block of a call.
+
+    Args:
+        call: attention call to cut into blocks.
+        max_rows: most rows to cover, in blocks spread over the call evenly; None: all.
+    """
     B, H, Q, K = call.shape
     n = max(1, BLOCK_ELEMENTS // max(1, B * H * K))
     if call.device.type == "cpu":
-        n = min(n, max(BLOCK_ROWS, n // 4))  # more only where rows are short
+        n = min(n, max(BLOCK_ROWS, n // 4))  # more than BLOCK_ROWS only where rows are short
     if max_rows is None or max_rows >= Q:
         yield from ((start, min(start + n, Q)) for start in range(0, Q, n))
         return
@@ -214,14 +250,13 @@ def spans(call: AttentionCall, max_rows: int | None = None) -> Iterator[tuple[in
         yield start, start + n
 
 
-class Collected(dict[str, Tensor]):
-    """Numbers of rows (..., R), block after block, in tensors for all rows.
+class RowColumns(dict[str, Tensor]):
+    """Numbers of rows, collected block after block: name -> (..., R) for the rows of all blocks.
 
-    They are made before the blocks get long: what is kept of each block would otherwise stand between the memory that
-    blocks take and free, none of which would be of use for the next, longer one.
+    The tensors are allocated up front: small results kept between blocks that grow would fragment the heap.
 
     Args:
-        row: (R,) of all blocks.
+        row: (R,) numbers of the rows of all blocks.
     """
 
     def __init__(self, row: Tensor) -> None:
@@ -229,7 +264,7 @@ class Collected(dict[str, Tensor]):
         self._n, self._end = len(row), 0
 
     def add(self, of_block: dict[str, Tensor]) -> None:
-        """Put the numbers of the next block in their place."""
+        """Append the numbers of the next block, name -> (..., rows of the block)."""
         n = 0
         for name, numbers in of_block.items():
             n = numbers.shape[-1]

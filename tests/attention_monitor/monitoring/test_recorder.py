@@ -291,8 +291,8 @@ def test_memory_does_not_grow_over_1000_sampled_steps(make):
 @pytest.mark.parametrize(("Q", "K"), [(97, 97), (250, 130), (96, 200), (300, 20)])
 def test_a_long_map_is_pooled_alike_whole_and_in_bands(Q, K, monkeypatch):
     call = AttentionCall("attn", torch.randn(1, 2, Q, 4), torch.randn(1, 2, K, 4))
-    whole = maps.picture(call)
+    whole = maps.pooled_pattern(call)
     monkeypatch.setattr(maps, "BLOCK_ELEMENTS", 0)
-    torch.testing.assert_close(maps.picture(call), whole)  # products of other sizes round otherwise
+    torch.testing.assert_close(maps.pooled_pattern(call), whole)  # products of other sizes round otherwise
     assert whole.shape == (1, 2, min(Q, 96), min(K, 96))
     assert whole[0, 0, 0, 0] == call.pattern()[0, 0, : -(-Q // min(Q, 96)), : -(-K // min(K, 96))].max()

@@ -12,7 +12,7 @@ import torch
 from attention_monitor import STATISTICS, AttentionCall, summarize
 from attention_monitor.statistics import totals
 from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS
-from attention_monitor.statistics.row_blocks import QUANTITIES, Collected, RowBlock, spans
+from attention_monitor.statistics.row_blocks import QUANTITIES, RowBlock, RowColumns, row_spans
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,9 +33,9 @@ def make_call(Q, K, H=2, H_kv=2, D=16, dtype=torch.float32, peak=1.0, **options)
 
 def by_blocks(call):
     """The same quantities, a block of rows after the other."""
-    blocks = list(spans(call))
+    blocks = list(row_spans(call))
     row = torch.cat([torch.arange(*span, device=call.device) for span in blocks])
-    collected = Collected(row)
+    collected = RowColumns(row)
     for start, stop in blocks:
         block = RowBlock(call, start, stop)
         named = {name: getattr(block, name) for name in QUANTITIES}

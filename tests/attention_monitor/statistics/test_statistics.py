@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attention_monitor import STATISTICS, AttentionCall, AttentionMonitorError, capture, statistic, summarize
 from attention_monitor.statistics import row_blocks as rows_module
-from attention_monitor.statistics.catalogue import resolve_statistics
+from attention_monitor.statistics.catalogue import resolve_statistics, where_finite
 from attention_monitor.statistics.totals import HeadTotals
 
 from ..oracle import NAMES, head_statistics
@@ -396,7 +396,7 @@ def test_statistics_of_a_captured_call_are_those_of_what_the_model_used():
 @pytest.mark.parametrize(("T", "max_rows"), [(128, 64), (128, 127), (100, 7), (9, 1), (5000, 512)])
 def test_rows_that_are_looked_at_are_spread_evenly_and_no_more_than_allowed(T, max_rows):
     call = make_call(torch.zeros(1, 2, T, 1), torch.zeros(1, 2, T, 1))
-    rows = [row for span in rows_module.spans(call, max_rows) for row in range(*span)]
+    rows = [row for span in rows_module.row_spans(call, max_rows) for row in range(*span)]
     assert len(rows) == len(set(rows)) <= max_rows
     assert len(rows) > max_rows / 2
     assert min(rows) >= 0
@@ -409,7 +409,7 @@ def test_of_a_part_of_the_rows_values_are_of_these_rows():
     call = make_call(q, k, is_causal=True)
     totals = HeadTotals(resolve_statistics(["entropy", "previous_token"]), max_rows=16)
     totals.add(call)
-    rows = [row for span in rows_module.spans(call, 16) for row in range(*span)]
+    rows = [row for span in rows_module.row_spans(call, 16) for row in range(*span)]
     pattern = call.pattern()[0, :, rows]  # (H, rows, T)
     torch.testing.assert_close(totals.values()["entropy"], torch.special.entr(pattern).sum(-1).mean(-1))
     previous = torch.stack([pattern[:, i, row - 1] for i, row in enumerate(rows)], -1)
@@ -444,6 +444,16 @@ def test_masks_in_half_precision(dtype, low):
     )
     for name, values in found.items():
         torch.testing.assert_close(values, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("values", [[True, False, True], [3, 4, 5], [0.5, 0.25, 1.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_of_a_row_that_is_not_finite_becomes_nan(values, dtype):
+    witness = torch.tensor([1.0, math.nan, -math.inf], dtype=dtype)
+    found = where_finite(torch.tensor(values), witness)
+    assert found.dtype == dtype
+    assert found[0] == values[0]
+    assert found[1:].isnan().all()
 
 
 def test_nan_is_in_every_mean():
