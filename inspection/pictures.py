@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 from matplotlib.animation import FuncAnimation
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -14,16 +12,16 @@ from torch import Tensor
 from attention_monitor import AttentionMaps
 from attention_monitor.analysis import flow
 from attention_monitor.naming import head_heading, head_name, layer_name
-from attention_monitor.plots.drawing import MAX_WRITTEN
+from attention_monitor.plots.drawing import bounds_of
 from attention_monitor.plots.figures import (
     animate_head,
     plot_differences,
-    plot_flow,
     plot_head,
     plot_heads,
     plot_layers,
-    plot_matrix,
 )
+from attention_monitor.plots.repainted import RepaintedMap
+from attention_monitor.plots.values import plot_flow, plot_matrix
 from attention_monitor.probes.layer_measures import rollout
 from attention_monitor.statistics.registry import STATISTICS
 
@@ -43,7 +41,7 @@ def pictures(found: Findings, selection: Selection, statistics: Sequence[str], v
         of_layers: draw pictures of all layers too.
     """
     pattern = lru_cache(maxsize=1)(found.maps.pattern)  # of one layer at a time: heads of a layer come together
-    paint = HeadPainter(found.maps, pattern, vmax)
+    paint = _painter_of_heads(found.maps, pattern, vmax)
     drawn: list[Picture] = []
     for layer, heads in selection:
         if whole:
@@ -97,33 +95,23 @@ def _path(maps: AttentionMaps, layer: int) -> str:
     return "" if label[1:].isdigit() else f" {label}"
 
 
-class HeadPainter:
-    """Maps of single heads. Those of a layer have all but map and title drawn once: that takes most time."""
+def _painter_of_heads(
+    maps: AttentionMaps, pattern: Callable[[int], Tensor], vmax: float | None
+) -> Callable[[int, int], Figure | Image.Image]:
+    """Return what draws the map of a head; where it can, it repaints the picture of the layer's head before."""
 
-    def __init__(self, maps: AttentionMaps, pattern: Callable[[int], Tensor], vmax: float | None) -> None:
-        self._maps, self._pattern, self._vmax = maps, pattern, vmax
-        self._layer: int | None = None
+    @lru_cache(maxsize=1)
+    def repainted(layer: int) -> RepaintedMap:
+        shape, title = pattern(layer)[0].shape, _head_title(maps, layer, 0)
+        return RepaintedMap(shape, *maps.tokens_of(layer), title=title, vmax=vmax or 1.0)
 
-    def __call__(self, layer: int, head: int) -> Figure | Image.Image:
-        weights, labels = self._pattern(layer)[head], self._maps.tokens_of(layer)
-        title = _head_title(self._maps, layer, head)
-        if max(weights.shape) <= MAX_WRITTEN or self._vmax is None:  # numbers or colour bar are another in each
-            return _figure(plot_head(weights, *labels, title=title, vmax=self._vmax))
-        if self._layer != layer:
-            self._layer = layer
-            self._axes = plot_head(weights, *labels, title=title, vmax=self._vmax)
-            self._changing = [self._axes.images[0], self._axes.title, *self._axes.spines.values()]
-            for artist in self._changing:
-                artist.set_animated(True)
-            self._canvas = FigureCanvasAgg(_figure(self._axes))
-            self._canvas.draw()
-            self._rest = self._canvas.copy_from_bbox(_figure(self._axes).bbox)
-        self._canvas.restore_region(self._rest)
-        self._axes.images[0].set_data(weights)
-        self._axes.title.set_text(title)
-        for artist in self._changing:
-            self._axes.draw_artist(artist)
-        return Image.fromarray(np.array(self._canvas.buffer_rgba())[..., :3])
+    def paint(layer: int, head: int) -> Figure | Image.Image:
+        weights, title = pattern(layer)[head], _head_title(maps, layer, head)
+        if RepaintedMap.can_draw(weights.shape, vmax):
+            return Image.fromarray(repainted(layer).draw(weights, title))
+        return _figure(plot_head(weights, *maps.tokens_of(layer), title=title, vmax=vmax))
+
+    return paint
 
 
 def _heads(maps: AttentionMaps, pattern: Any, layer: int, heads: Sequence[int], vmax: float | None) -> Figure:
@@ -170,7 +158,7 @@ def _over_layers(found: Findings, statistics: Sequence[str], vmax: float | None)
 
 def _matrix(maps: AttentionMaps, rows: Sequence[Tensor], title: str, value_range: str) -> Figure:
     names = [_layer_title(maps, layer) for layer in range(len(maps))]
-    low, high = ({"0": 0.0, "1": 1.0}.get(bound) for bound in value_range.split(".."))
+    low, high = bounds_of(value_range)
     return _figure(plot_matrix(rows, names, title=title, vmin=low, vmax=high))
 
 

@@ -219,7 +219,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
     [
         ("pytorch_lightning", {"monitoring/lightning_callback.py"}),
         ("lightning_fabric", {"monitoring/lightning_callback.py"}),
-        ("matplotlib", {"plots/figures.py", "plots/drawing.py", "plots/repainted.py", "plots/fonts.py"}),
+        ("matplotlib", {f"plots/{name}.py" for name in ("figures", "values", "maps", "drawing", "repainted", "fonts")}),
         ("tensorboard", {"writers/sinks.py"}),
         ("transformers", {"monitoring/huggingface_callback.py"}),
         ("gpt", set()),

@@ -1,4 +1,4 @@
-"""Arrays -> matplotlib: pictures of attention for papers, notebooks and the command line.
+"""Patterns of heads -> matplotlib: maps for papers, notebooks and the command line.
 
 Functions take arrays (numpy, or torch tensors on any device and in any dtype) and an optional ``Axes``, and return the
 ``Axes`` or ``Figure`` they drew in, in the habit of matplotlib and seaborn. Nothing is shown or saved, and pyplot is
@@ -8,35 +8,18 @@ Shapes: L layers, H heads, Q queries, K keys. In a map queries go downwards and 
 square-root scale, so that diffuse rows can be told apart. Colours are safe for the colour-blind.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ..errors import AttentionMonitorError
 from ..naming import head_heading, layer_name
-from .drawing import (
-    COLOURS,
-    DIFFERENCES,
-    TITLE_INCHES,
-    as_array,
-    checked_labels,
-    difference_norm,
-    difference_of,
-    draw_map,
-    draw_page,
-    new_axes,
-    set_title,
-    short_number,
-    weight_norm,
-    write_cells,
-)
-from .fonts import font_families, with_known_glyphs
+from .arrays import as_array, difference_of
+from .drawing import COLOURS, DIFFERENCES, difference_norm, weight_norm
+from .maps import draw_map, draw_page
 
 
 def plot_head(
@@ -50,20 +33,29 @@ def plot_head(
     annotate: bool | None = None,
     colorbar: bool = True,
 ) -> Axes:
-    """The map of one head.
+    """Draw the map of one head.
 
     Args:
         pattern: (Q, K) weights.
         tokens: labels of the queries, and of the keys too, if there are as many.
-        key_tokens: labels of the keys, where they are others (cross-attention).
-        ax: where to draw; None: a new figure of a fitting size.
-        title: above the map.
+        key_tokens: labels of the keys, where they differ from those of the queries (cross-attention).
+        ax: Axes to draw in; None: those of a new figure of a fitting size.
+        title: title above the map.
         vmax: weight with the brightest colour; None: the largest there is.
-        annotate: write weights into the cells; None: if there are at most 12 x 12.
-        colorbar: draw one beside the map.
+        annotate: whether to write weights into the cells; None: if there are at most 12 x 12.
+        colorbar: whether to draw a colour bar beside the map.
+
+    Returns:
+        The Axes that were drawn in.
 
     Raises:
         AttentionMonitorError: on an array of another shape, or labels of another number.
+
+    Example:
+        >>> from attention_monitor import plot_head
+        >>> ax = plot_head([[1, 0], [0.25, 0.75]], ["The", " cat"], title="L03H05")
+        >>> [label.get_text() for label in ax.get_yticklabels()], [text.get_text() for text in ax.texts]
+        (['The', '·cat'], ['1.00', '', '0.25', '0.75'])
     """
     weights = as_array(pattern, "pattern", "(Q, K)")
     norm = weight_norm([weights], vmax)
@@ -82,14 +74,26 @@ def plot_difference(
     annotate: bool | None = None,
     colorbar: bool = True,
 ) -> Axes:
-    """How the map of one head has changed, after - before, on a diverging scale with 0 in its middle.
+    """Draw how the map of one head has changed, after - before, on a diverging scale with 0 in its middle.
 
     Args:
         before: (Q, K) weights.
         after: (Q, K) weights.
         vmax: difference with the strongest colour; None: the largest there is.
 
-    The others are those of ``plot_head``.
+    The other arguments are those of ``plot_head``.
+
+    Returns:
+        The Axes that were drawn in.
+
+    Raises:
+        AttentionMonitorError: on arrays of other or different shapes, or labels of another number.
+
+    Example:
+        >>> from attention_monitor import plot_difference
+        >>> ax = plot_difference([[1, 0], [0.7, 0.3]], [[1, 0], [0.1, 0.9]], ["The", " cat"])
+        >>> [text.get_text() for text in ax.texts]
+        ['', '', '-0.60', '0.60']
     """
     difference = difference_of(before, after, "(Q, K)")
     norm = difference_norm([difference], vmax)
@@ -106,15 +110,28 @@ def plot_heads(
     title: str | None = None,
     vmax: float | None = 1.0,
 ) -> Figure:
-    """The maps of several heads, side by side, with one colour scale.
+    """Draw the maps of several heads, side by side, with one colour scale.
 
     Args:
         patterns: (H, Q, K) weights.
-        tokens: labels of the queries, and of the keys too, if there are as many; not drawn where there is no room.
-        key_tokens: labels of the keys, where they are others.
-        names: of the heads; None: H0, H1, ...
-        title: above the maps.
+        tokens: labels of the queries, and of the keys too, if there are as many; left out where there is no room.
+        key_tokens: labels of the keys, where they differ from those of the queries.
+        names: names of the heads; None: H0, H1, ...
+        title: title of the page.
         vmax: weight with the brightest colour; None: the largest there is.
+
+    Returns:
+        A new figure.
+
+    Raises:
+        AttentionMonitorError: on an array of another shape, or labels of another number.
+
+    Example:
+        >>> import numpy as np
+        >>> from attention_monitor import plot_heads
+        >>> figure = plot_heads(np.full((2, 3, 3), 1 / 3), ["The", " cat", " sat"], title="L03")
+        >>> [ax.get_title() for ax in figure.axes[:2]]
+        ['H0', 'H1']
     """
     maps = list(as_array(patterns, "patterns", "(H, Q, K)"))
     names = [head_heading(head) for head in range(len(maps))] if names is None else names
@@ -131,7 +148,28 @@ def plot_differences(
     title: str | None = None,
     vmax: float | None = None,
 ) -> Figure:
-    """``plot_difference`` of several heads (H, Q, K), side by side, with one colour scale."""
+    """Draw how the maps of several heads have changed, side by side, with one colour scale.
+
+    Args:
+        before: (H, Q, K) weights.
+        after: (H, Q, K) weights.
+        vmax: difference with the strongest colour; None: the largest there is.
+
+    The other arguments are those of ``plot_heads``.
+
+    Returns:
+        A new figure.
+
+    Raises:
+        AttentionMonitorError: on arrays of other or different shapes, or labels of another number.
+
+    Example:
+        >>> import numpy as np
+        >>> from attention_monitor import plot_differences
+        >>> figure = plot_differences(np.zeros((2, 3, 3)), np.full((2, 3, 3), 0.25), names=["H1", "H4"])
+        >>> figure.axes[0].images[0].get_clim()
+        (-0.25, 0.25)
+    """
     maps = list(difference_of(before, after, "(H, Q, K)"))
     names = [head_heading(head) for head in range(len(maps))] if names is None else names
     norm = difference_norm(maps, vmax)
@@ -147,13 +185,26 @@ def plot_layers(
     title: str | None = None,
     vmax: float | None = 1.0,
 ) -> Figure:
-    """A map for each layer, averaged over its heads.
+    """Draw a map for each layer, averaged over its heads.
 
     Args:
-        patterns: of each layer (H, Q, K), which is averaged over H, or (Q, K); layers may differ in their shapes.
-        names: of the layers; None: L00, L01, ...
+        patterns: weights of each layer, (H, Q, K), which are averaged over H, or (Q, K); layers may differ in shape.
+        names: names of the layers; None: L00, L01, ...
 
-    The others are those of ``plot_heads``.
+    The other arguments are those of ``plot_heads``.
+
+    Returns:
+        A new figure.
+
+    Raises:
+        AttentionMonitorError: on arrays of other shapes, or labels of another number.
+
+    Example:
+        >>> import numpy as np
+        >>> from attention_monitor import plot_layers
+        >>> figure = plot_layers([np.full((4, 3, 3), 1 / 3), np.eye(3)], ["The", " cat", " sat"])
+        >>> [ax.get_title() for ax in figure.axes[:2]]
+        ['L00', 'L01']
     """
     maps = []
     for layer in patterns:
@@ -161,102 +212,6 @@ def plot_layers(
         maps.append(weights.mean(0) if weights.ndim == 3 else weights)
     names = [layer_name(layer) for layer in range(len(maps))] if names is None else names
     return draw_page(maps, names, tokens, key_tokens, title, weight_norm(maps, vmax), COLOURS, "weight")
-
-
-def plot_flow(
-    flow: Mapping[str, Sequence[Any]],
-    names: Sequence[str] | None = None,
-    *,
-    ax: Axes | None = None,
-    title: str | None = None,
-) -> Axes:
-    """Where attention goes from layer to layer: lines are means over heads, bands reach from the lowest to the highest.
-
-    Args:
-        flow: what it goes to -> for each layer the share of each head, (H,), or one number; NaN is left out.
-        names: of the layers; None: their numbers.
-        ax: where to draw; None: a new figure.
-    """
-    lines = {what: [as_array(x, what, "(H,)", "()").reshape(-1) for x in shares] for what, shares in flow.items()}
-    if not lines or len({len(shares) for shares in lines.values()} | {0}) != 2:
-        found = {what: len(shares) for what, shares in lines.items()}
-        raise AttentionMonitorError(f"flow must have the same layers, one or more, for each line, got {found}.")
-    n_layers = len(next(iter(lines.values())))
-    names = checked_labels(names, n_layers, "names", "layers") or [str(layer) for layer in range(n_layers)]
-    if ax is None:
-        ax = new_axes(max(4.5, min(16, 1.5 + 0.45 * n_layers), TITLE_INCHES * len(title or "")), 3.6)
-    layers = np.arange(n_layers)
-    for i, (what, shares) in enumerate(lines.items()):
-        finite = [x[np.isfinite(x)] for x in shares]
-        mean, low, high = (
-            np.array([reduce(x) if len(x) else np.nan for x in finite]) for reduce in (np.mean, np.min, np.max)
-        )
-        ax.plot(layers, mean, color=f"C{i}", marker="osD^v"[i % 5], label=what)
-        ax.fill_between(layers, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-    ax.set(ylim=(-0.02, 1.02), xlabel="layer", ylabel="share of attention")
-    long = max(map(len, names)) > 4
-    ax.set_xticks(layers, names, parse_math=False, rotation=90 if long else 0, fontsize=7 if long else 9)
-    ax.legend(loc="best", framealpha=0.6)
-    set_title(ax, title)
-    return ax
-
-
-def plot_matrix(
-    values: Sequence[Any],
-    names: Sequence[str] | None = None,
-    *,
-    ax: Axes | None = None,
-    title: str | None = None,
-    vmin: float | None = None,
-    vmax: float | None = None,
-    annotate: bool | None = None,
-    colorbar: bool = True,
-) -> Axes:
-    """One number of every head: layers downwards, heads across.
-
-    Args:
-        values: (L, H), or (H,) of each layer, where layers differ in their heads; NaN leaves a cell white.
-        names: of the layers; None: L00, L01, ...
-        ax: where to draw; None: a new figure.
-        vmin: value with the darkest colour; None: the smallest there is.
-        vmax: value with the brightest colour; None: the largest there is.
-        annotate: write values into the cells; None: if there are at most 32 heads.
-        colorbar: draw one beside the matrix.
-    """
-    values = values.to_numpy() if hasattr(values, "to_numpy") else values  # a table of pandas is iterated by columns
-    rows = [as_array(row, "a row of values", "(H,)") for row in values]
-    if not rows or not max(map(len, rows)):
-        raise AttentionMonitorError("values must have a layer with a head, (L, H), got none.")
-    matrix = np.full((len(rows), max(map(len, rows))), np.nan)
-    for layer, row in enumerate(rows):
-        matrix[layer, : len(row)] = row
-    names = checked_labels(names, len(rows), "names", "layers") or [layer_name(layer) for layer in range(len(rows))]
-    written = matrix.shape[1] <= 32 if annotate is None else annotate
-    if ax is None:
-        cell = 0.5 if written else 0.2
-        label = 0.09 * max(map(len, names))
-        width = max(3, matrix.shape[1] * cell + label + 1.2, TITLE_INCHES * len(title or "") + 2 * label)
-        ax = new_axes(width, max(1.5, matrix.shape[0] * 0.3 + 0.9))
-    if vmin is not None and vmax is not None and vmin > vmax:
-        raise AttentionMonitorError(f"vmin must not be more than vmax, got {vmin} and {vmax}.")
-    norm = Normalize(vmin, vmax)
-    finite = matrix[np.isfinite(matrix)]
-    norm.autoscale_None(finite if len(finite) else np.zeros(1))
-    ax.imshow(matrix, cmap=COLOURS, norm=norm, aspect="auto", interpolation="nearest")
-    names = [with_known_glyphs(name) for name in names]
-    ax.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8, fontfamily=font_families(names))
-    if matrix.shape[1] <= 32:
-        ax.set_xticks(range(matrix.shape[1]), [head_heading(head) for head in range(matrix.shape[1])], fontsize=8)
-    else:
-        ax.set_xlabel("head")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    if written:
-        write_cells(ax, matrix, norm, COLOURS, 7.5, short_number)
-    if colorbar:
-        ax.figure.colorbar(ScalarMappable(norm, COLOURS), ax=ax, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
-    set_title(ax, title)
-    return ax
 
 
 def animate_head(
@@ -269,20 +224,35 @@ def animate_head(
     vmax: float | None = 1.0,
     interval: int = 400,
 ) -> FuncAnimation:
-    """How the map of one head changes: ``animation.save("head.gif", writer="pillow")``.
+    """Animate how the map of one head changes.
 
     Args:
         patterns: (N, Q, K) weights, one map for each frame.
-        steps: (N,) numbers that are written above the frames.
-        title: above every frame, before the step.
+        steps: (N,) numbers to write above the frames.
+        title: title above every frame, before the step.
         interval: milliseconds that a frame stays.
 
-    The others are those of ``plot_head``.
+    The other arguments are those of ``plot_head``.
+
+    Returns:
+        An animation; ``animation.save("head.gif", writer="pillow")`` writes it to a file.
+
+    Raises:
+        AttentionMonitorError: on an array of another shape, and on another number of steps or labels.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from attention_monitor import animate_head
+        >>> animation = animate_head([np.full((2, 2), 0.5), np.eye(2)], [0, 100], title="L03H05")
+        >>> with tempfile.NamedTemporaryFile(suffix=".gif") as file:
+        ...     animation.save(file.name, writer="pillow")
     """
     maps, steps = as_array(patterns, "patterns", "(N, Q, K)"), list(steps)
     if len(steps) != len(maps) or not len(maps):
         raise AttentionMonitorError(
-            f"There must be a step for each of one or more maps, got {len(steps)}, {len(maps)}."
+            f"There must be a step for each of one or more maps, got {len(steps)}, {len(maps)} (steps, maps); "
+            "give as many steps as maps."
         )
 
     def heading(frame: int) -> str:

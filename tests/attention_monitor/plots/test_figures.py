@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,24 +290,24 @@ def test_long_names_stay_within_their_place():
     ("draw", "message"),
     [
         (lambda: plot_head(np.ones((2, 3, 3))), r"pattern must be numbers of shape \(Q, K\), got float64 of shape \(2"),
-        (lambda: plot_heads(np.ones((3, 3))), r"patterns must be numbers of shape \(H, Q, K\)"),
+        (lambda: plot_heads(np.ones((3, 3))), r"patterns must be numbers of shape \(H, Q, K\).*add the axes"),
         (lambda: plot_head(np.array([["a"]])), "pattern must be numbers"),
-        (lambda: plot_head(np.ones((3, 3)), ["a", "b"]), r"tokens must be a list with a label for each of 3 queries"),
+        (lambda: plot_head(np.ones((3, 3)), ["a", "b"]), "tokens must be a list.* each of 3 queries.*; give 3, or leave"),
         (lambda: plot_head(np.ones((3, 3)), "abc"), "tokens must be a list"),
         (lambda: plot_head(np.ones((2, 3)), ["a", "b"], ["c"]), "key_tokens must be a list with a label for each of 3"),
-        (lambda: plot_head(np.ones((0, 3))), "There is nothing to draw"),
+        (lambda: plot_head(np.ones((0, 3))), "There is nothing to draw.*; give one with a query"),
         (lambda: plot_heads(np.ones((0, 3, 3))), "There is nothing to draw"),
         (lambda: plot_heads(np.ones((2, 3, 3)), names=["a"]), "names must be a list with a label for each of 2 maps"),
-        (lambda: plot_difference(np.ones((2, 2)), np.ones((3, 3))), r"Maps of one shape.*got \(2, 2\) before"),
+        (lambda: plot_difference(np.ones((2, 2)), np.ones((3, 3))), r"Maps of one shape.*got \(2, 2\) before.*; have both"),
         (lambda: plot_heads([np.ones((3, 3)), np.ones((2, 2))]), "patterns must be.*got parts of different shapes"),
-        (lambda: plot_head([[1, 2], [3]]), "pattern must be numbers.*got parts of different shapes"),
-        (lambda: plot_head(np.ones((2, 2)), vmax=-1), "vmax must be more than 0, got -1"),
-        (lambda: plot_matrix([[1.0]], vmin=1, vmax=0), "vmin must not be more than vmax, got 1 and 0"),
+        (lambda: plot_head([[1, 2], [3]]), "pattern must be numbers.*got parts of different shapes; pad them"),
+        (lambda: plot_head(np.ones((2, 2)), vmax=-1), "vmax must be more than 0, got -1; give None"),
+        (lambda: plot_matrix([[1.0]], vmin=1, vmax=0), "vmin must not be more than vmax, got 1 and 0; swap"),
         (lambda: plot_layers([np.ones(3)]), r"a layer's pattern must be numbers of shape \(H, Q, K\) or \(Q, K\)"),
         (lambda: plot_flow({}), "flow must have the same layers"),
-        (lambda: plot_flow({"a": [1], "b": [1, 2]}), r"got {'a': 1, 'b': 2}"),
-        (lambda: plot_matrix([]), "values must have a layer with a head"),
-        (lambda: animate_head(np.ones((2, 3, 3)), [1]), "a step for each of one or more maps, got 1, 2"),
+        (lambda: plot_flow({"a": [1], "b": [1, 2]}), r"got {'a': 1, 'b': 2}; give every line a share"),
+        (lambda: plot_matrix([]), "values must have a layer with a head.*; give a row"),
+        (lambda: animate_head(np.ones((2, 3, 3)), [1]), "a step for each of one or more maps, got 1, 2.*; give as"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_refused(draw, message):
@@ -365,6 +366,12 @@ def test_characters_that_matplotlib_lacks_are_drawn_in_a_font_that_has_them(tmp_
             pixels(ax.figure)
     finally:
         fonts._font_of.cache_clear()
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in Path(fonts.__file__).parent.glob("[!_]*.py")))
+def test_every_module_of_plots_is_there_without_torch(module):
+    code = f"import sys; sys.modules['torch'] = None; import attention_monitor.plots.{module}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_drawing_does_not_load_pyplot_nor_torch():

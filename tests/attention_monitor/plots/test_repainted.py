@@ -1,13 +1,16 @@
+import io
 import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from attention_monitor import AttentionMonitorError, plot_head
 from attention_monitor.plots.drawing import COLOURS, short_number
 from attention_monitor.plots.fonts import short_token
-from attention_monitor.plots.repainted import HeadMatrix, Mosaic
+from attention_monitor.plots.repainted import HeadMatrix, Mosaic, RepaintedMap
 
 WHITE = (255, 255, 255)
 
@@ -101,6 +104,31 @@ def test_strange_values_can_be_drawn(values):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         HeadMatrix([2], ["L00"], "x").draw([np.array(values)])
+
+
+@pytest.mark.parametrize(("value_range", "value"), [("1..n_i", 0.9999999), ("1..n_i", np.nan), ("n..0", 0.5)])
+def test_values_beyond_the_one_bound_that_is_known_can_be_drawn(value_range, value):
+    matrix = HeadMatrix([1], ["L00"], "x", value_range)
+    corner = matrix.draw([np.array([value])])[matrix.top + 2, matrix.left + 2]
+    assert tuple(corner) == (WHITE if np.isnan(value) else tuple(COLOURS(0.0, bytes=True)[:3]))
+
+
+@pytest.mark.parametrize("tokens", [None, [" the", "\n", "$x$", "日本"] * 5])
+def test_a_map_that_is_repainted_is_the_one_of_plot_head(tokens):
+    rng = np.random.default_rng(0)
+    painter = RepaintedMap((20, 20), tokens, title="L03H00")
+    for head in range(3):  # each is painted over the one before
+        weights, file = rng.random((20, 20)), io.BytesIO()
+        plot_head(weights, tokens, title=f"L03H{head:02d}").figure.savefig(file, dpi=100)
+        expected = np.asarray(Image.open(file).convert("RGB")).astype(int)
+        found = painter.draw(weights, f"L03H{head:02d}")
+        assert found.shape == expected.shape
+        assert (np.abs(found - expected) > 8).mean() < 0.002  # the edges of the frame
+
+
+def test_a_map_of_another_shape_is_refused():
+    with pytest.raises(AttentionMonitorError, match=r"maps of shape \(20, 20\), got \(3, 3\); make another"):
+        RepaintedMap((20, 20), title="L03H00").draw(np.ones((3, 3)), "L03H00")
 
 
 @pytest.mark.parametrize(
