@@ -37,7 +37,7 @@ _HOME = {
     # what is seen
     "AttentionCall": "capturing.attention_call",
     "RowBlock": "statistics.row_blocks",
-    "Rows": "statistics.row_blocks",
+    "Rows": "statistics.rows",
     "Snapshot": "snapshots",
     "Finding": "diagnosis.finding",
     # what can be added
@@ -88,7 +88,8 @@ if TYPE_CHECKING:
     from .probes.text import LayerProbe, TextProbe
     from .snapshots import Snapshot
     from .statistics.catalogue import STATISTICS, statistic
-    from .statistics.row_blocks import RowBlock, Rows
+    from .statistics.row_blocks import RowBlock
+    from .statistics.rows import Rows
     from .statistics.totals import summarize
 
 

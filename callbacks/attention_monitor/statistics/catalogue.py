@@ -2,7 +2,7 @@
 
 A statistic gives one number for each row, (B, H, R). It takes ``Rows`` where the few numbers that are kept of each row
 are enough, and a ``RowBlock`` where it looks at weights. ``HeadTotals`` reduces rows to heads. Notation and shapes are
-those of ``row_blocks.py``. ``docs/statistics.md`` is made from the docstrings.
+those of ``rows.py``. ``docs/statistics.md`` is made from the docstrings.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import AttentionMonitorError
 from .registry import STATISTICS, Statistic, statistic
-from .row_blocks import RowBlock, Rows
+from .row_blocks import RowBlock
+from .rows import Rows
 
 
 def where_finite(values: Tensor, witness: Tensor) -> Tensor:

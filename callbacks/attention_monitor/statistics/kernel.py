@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..capturing.attention_call import AttentionCall
 from ..capturing.masks import MASKED_BELOW
-from .row_blocks import HIDDEN, QUANTITIES, Rows
+from .row_blocks import HIDDEN
+from .rows import QUANTITIES, Rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HIDDEN, _MASKED_BELOW = tl.constexpr(HIDDEN), tl.constexpr(MASKED_BELOW)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..errors import AttentionMonitorError
-from .row_blocks import QUANTITIES, ROW_FILTERS
+from .rows import QUANTITIES, ROW_FILTERS
 
 RowFunction = Callable[[Any], Tensor]
 

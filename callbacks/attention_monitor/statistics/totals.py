@@ -10,7 +10,8 @@ from torch import Tensor
 from ..capturing.attention_call import AttentionCall
 from .catalogue import DEFAULT_STATISTICS, resolve_statistics
 from .registry import Statistic
-from .row_blocks import ALWAYS_COMPUTED, BufferPool, RowBlock, RowColumns, Rows, row_spans
+from .row_blocks import BufferPool, RowBlock, row_spans
+from .rows import ALWAYS_COMPUTED, RowColumns, Rows
 
 
 class HeadTotals:

@@ -12,7 +12,8 @@ import torch
 from attention_monitor import STATISTICS, AttentionCall, summarize
 from attention_monitor.statistics import totals
 from attention_monitor.statistics.catalogue import DEFAULT_STATISTICS
-from attention_monitor.statistics.row_blocks import QUANTITIES, RowBlock, RowColumns, row_spans
+from attention_monitor.statistics.row_blocks import RowBlock, row_spans
+from attention_monitor.statistics.rows import QUANTITIES, RowColumns
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
