@@ -102,15 +102,21 @@ def short_number(value: float) -> str:
     return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
+def number_colours(values: np.ndarray, norm: Normalize, colours: Colormap) -> np.ndarray:
+    """Choose the colour of the number in each cell: white on dark colours, black elsewhere and where there is none."""
+    place = norm(np.ma.masked_invalid(values))  # on the scale, 0..1
+    dark = place < 0.6 if colours is COLOURS else np.abs(place - 0.5) > 0.3  # DIFFERENCES are dark at both ends
+    return np.where(np.ma.filled(dark, False), "white", "black")
+
+
 def write_cells(
     ax: Axes, values: np.ndarray, norm: Normalize, colours: Colormap, fontsize: float, form: Callable[[float], str]
 ) -> None:
-    """Write numbers into the cells, white on dark colours; NaN is left out."""
-    shades = colours(norm(np.ma.masked_invalid(values)))[..., :3] @ (0.299, 0.587, 0.114)
+    """Write numbers into the cells; NaN is left out."""
+    ink = number_colours(values, norm, colours)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            colour = "white" if shades[row, column] < 0.5 else "black"
-            ax.text(column, row, form(value), ha="center", va="center", fontsize=fontsize, color=colour)
+            ax.text(column, row, form(value), ha="center", va="center", fontsize=fontsize, color=ink[row, column])
 
 
 # Axes, their images, titles, labels and colour bars

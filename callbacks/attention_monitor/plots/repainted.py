@@ -27,6 +27,7 @@ from .drawing import (
     add_colorbar,
     bounds_of,
     label_matrix,
+    number_colours,
     short_number,
     text_style,
     value_norm,
@@ -208,14 +209,12 @@ class HeadMatrix(RepaintedGrid):
         matrix = as_matrix(values)
         norm = value_norm(matrix, self.low, self.high)
         drawn = Image.fromarray(self.paint(matrix, norm))
-        dark = np.ma.filled(norm(np.ma.masked_invalid(matrix)) < 0.6, False)
+        ink = number_colours(matrix, norm, COLOURS)
         pen = ImageDraw.Draw(drawn)  # matplotlib takes 40 times as long for a short text
         for layer, row in enumerate(values):
             for head, value in enumerate(row):
                 centre = (self.left + (head + 0.5) * self.cell[1], self.top + (layer + 0.5) * self.cell[0])
-                pen.text(
-                    centre, short_number(value), "white" if dark[layer, head] else "black", self._font, anchor="mm"
-                )
+                pen.text(centre, short_number(value), str(ink[layer, head]), self._font, anchor="mm")
         return np.asarray(drawn)
 
 
