@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from attention_monitor import AttentionMaps
-from attention_monitor.analysis import flow
+from attention_monitor.analysis import attention_flow
 from attention_monitor.naming import head_heading, head_name, layer_name
 from attention_monitor.plots.drawing import bounds_of
 from attention_monitor.plots.figures import (
@@ -25,12 +25,12 @@ from attention_monitor.plots.values import plot_flow, plot_matrix
 from attention_monitor.probes.layer_measures import rollout
 from attention_monitor.statistics.registry import STATISTICS
 
-from .report import Comparison, Findings, Selection
+from .report import Comparison, ModelReading, Selection
 
 Picture = tuple[str, Callable[[], Figure | Image.Image]]  # name of its file, and what draws it
 
 
-def pictures(found: Findings, selection: Selection, statistics: Sequence[str], vmax: float | None, whole: bool,
+def pictures(found: ModelReading, selection: Selection, statistics: Sequence[str], vmax: float | None, whole: bool,
              of_layers: bool) -> list[Picture]:  # fmt: skip
     """Those of heads, of each layer with its heads, and over layers.
 
@@ -121,9 +121,9 @@ def _heads(maps: AttentionMaps, pattern: Any, layer: int, heads: Sequence[int], 
     return plot_heads(pattern(layer)[list(heads)], *maps.tokens_of(layer), names=names, title=title, vmax=vmax)
 
 
-def _over_layers(found: Findings, statistics: Sequence[str], vmax: float | None) -> Iterator[Picture]:
-    maps, values = found.maps, found.values
-    shares = flow(values)
+def _over_layers(found: ModelReading, statistics: Sequence[str], vmax: float | None) -> Iterator[Picture]:
+    maps, values = found.maps, found.snapshot
+    shares = attention_flow(values)
     stacks = list(dict.fromkeys(maps.stacks))
     for i, stack in enumerate(stacks):
         layers = [layer for layer, of in enumerate(maps.stacks) if of == stack]
@@ -156,7 +156,7 @@ def _over_layers(found: Findings, statistics: Sequence[str], vmax: float | None)
         yield f"matrix_{name}.png", partial(_matrix, maps, rows, title, STATISTICS[name].range)
 
 
-def _matrix(maps: AttentionMaps, rows: Sequence[Tensor], title: str, value_range: str) -> Figure:
+def _matrix(maps: AttentionMaps, rows: Sequence[Any], title: str, value_range: str) -> Figure:
     names = [_layer_title(maps, layer) for layer in range(len(maps))]
     low, high = bounds_of(value_range)
     return _figure(plot_matrix(rows, names, title=title, vmin=low, vmax=high))

@@ -169,7 +169,7 @@ def test_the_terminal_shows_the_same_numbers(checkpoint, capsys, tmp_path):
     found = as_json(capsys, *common)
     printed = run(capsys, *common, "--output-dir", tmp_path).out
     [head] = found["layers"][0]["heads"]
-    assert "L1H2" in printed
+    assert "L01H02" in printed
     assert f"{head['statistics']['entropy']:.2f}" in printed
     assert f"{head['repeated_tokens']['induction']:.2f}" in printed
     last = head["attended"][-1][0]
@@ -192,7 +192,7 @@ def test_heads_that_are_drawn_are_bounded_but_told(checkpoint, tmp_path, capsys)
     )
     assert "2 heads of a layer are drawn; --max-heads 3 draws all" in printed.err
     assert not (tmp_path / "out" / "layer_0_head_2.png").exists()
-    assert "L0H2" in printed.out
+    assert "L00H02" in printed.out
 
 
 def test_a_model_of_many_heads_lists_the_most_focused(tmp_path, capsys, monkeypatch):
@@ -200,7 +200,7 @@ def test_a_model_of_many_heads_lists_the_most_focused(tmp_path, capsys, monkeypa
     path = write_checkpoint(tmp_path / "many.ckpt")
     found = as_json(capsys, "--checkpoint", path, "--text", TEXT)
     entropy = {
-        f"L{layer['layer']}H{head['head']}": head["statistics"]["normalized_entropy"]
+        f"L{layer['layer']:02d}H{head['head']:02d}": head["statistics"]["normalized_entropy"]
         for layer in found["layers"]
         for head in layer["heads"]
     }
@@ -279,7 +279,7 @@ def test_two_models_are_compared(tmp_path, capsys):
     assert values == sorted(values, reverse=True)
     printed = run(capsys, *common, "--output-dir", tmp_path / "out").out
     first = found["comparison"]["heads"][0]
-    assert f"L{first['layer']}H{first['head']}" in printed.split("Heads that changed most")[1]
+    assert f"L{first['layer']:02d}H{first['head']:02d}" in printed.split("Heads that changed most")[1]
     assert f"{first['value']:.2f}" in printed
     assert {"layer_0_difference.png", "layer_1_difference.png", "changes.png"} <= set(os.listdir(tmp_path / "out"))
 
@@ -295,8 +295,8 @@ def test_roles_that_were_lost_and_taken_on_are_told(tmp_path, capsys, monkeypatc
     roles = [{"L00H01": ["sink"], "L01H00": ["induction"]}, {"L00H01": ["positional"], "L01H00": ["induction"]}]
     monkeypatch.setattr(report.ModelReading, "roles", property(lambda found: roles[found.subject.step - 1]))
     printed = run(capsys, "--checkpoint", before, "--compare", after, "--text", TEXT, "--output-dir", tmp_path / "out")
-    assert "L0H1: no longer sink, now positional" in printed.out
-    assert "L1H0:" not in printed.out
+    assert "L00H01: no longer sink, now positional" in printed.out
+    assert "L01H00:" not in printed.out
     found = as_json(capsys, "--checkpoint", before, "--compare", after, "--text", TEXT)
     assert found["comparison"]["role_changes"] == [
         {"name": "L00H01", "layer": 0, "head": 1, "lost": ["sink"], "taken": ["positional"]}
@@ -537,7 +537,7 @@ def test_attention_that_is_not_finite_is_told(tmp_path, capsys):
     state["state_dict"]["gpt.transformer.h.1.attn.c_attn.weight"][0, 0] = torch.nan
     torch.save(state, path)
     notes = as_json(capsys, "--checkpoint", path, "--text", TEXT)["notes"]
-    assert "There is NaN or infinity in the attention of 1 heads, such as L1H0." in notes
+    assert "There is NaN or infinity in the attention of 1 heads, such as L01H00." in notes
     healthy = write_checkpoint(tmp_path / "healthy.ckpt")
     run(capsys, "--checkpoint", healthy, "--compare", path, "--text", TEXT, "--output-dir", tmp_path / "out")
     assert (tmp_path / "out" / "layer_1_difference.png").exists()
@@ -553,7 +553,7 @@ def test_names_and_numbers_are_never_cut(checkpoint, width):
     assert "…" not in table
     for layer in range(2):
         for head in range(3):
-            assert f"L{layer}H{head}" in table
+            assert f"L{layer:02d}H{head:02d}" in table
             assert f"{found.snapshot.values[layer]['entropy'][head]:.2f}" in table
     assert ("distance" in table) == (width == 160)
     assert max(map(len, table.splitlines()[1:])) <= width

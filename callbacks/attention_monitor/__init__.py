@@ -29,11 +29,11 @@ _HOME = {
     "animate_head": "plots.figures",
     "plot_difference": "plots.figures",
     "plot_differences": "plots.figures",
-    "plot_flow": "plots.figures",
+    "plot_flow": "plots.values",
     "plot_head": "plots.figures",
     "plot_heads": "plots.figures",
     "plot_layers": "plots.figures",
-    "plot_matrix": "plots.figures",
+    "plot_matrix": "plots.values",
     # what is seen
     "AttentionCall": "capturing.attention_call",
     "RowBlock": "statistics.row_blocks",
@@ -71,16 +71,8 @@ if TYPE_CHECKING:
     from .monitoring.options import Options
     from .monitoring.probing import run_probe
     from .monitoring.recorder import AttentionRecorder
-    from .plots.figures import (
-        animate_head,
-        plot_difference,
-        plot_differences,
-        plot_flow,
-        plot_head,
-        plot_heads,
-        plot_layers,
-        plot_matrix,
-    )
+    from .plots.figures import animate_head, plot_difference, plot_differences, plot_head, plot_heads, plot_layers
+    from .plots.values import plot_flow, plot_matrix
     from .probes.base import Probe
     from .probes.batch import BatchProbe
     from .probes.relation import RelationProbe

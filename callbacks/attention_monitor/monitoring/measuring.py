@@ -20,9 +20,9 @@ from ..errors import AttentionMonitorError, NoAttentionError, Once
 from ..naming import final_site
 from ..probes.base import ProbeBatch, ScoreFunction
 from ..probes.layer_measures import LayerOutputs
-from ..statistics.maps import MAX_MAP_SIZE, picture
+from ..statistics.maps import MAX_MAP_SIZE, pooled_pattern
 from ..statistics.registry import Statistic
-from ..statistics.row_blocks import Workspace
+from ..statistics.row_blocks import BufferPool
 from ..statistics.sites import SiteMeasurement
 from ..statistics.totals import HeadTotals
 
@@ -67,7 +67,7 @@ class Measurement:
         self._once = Once() if once is None else once
         self._capture = Capture(model, self._on_call, sites, self._once)
         self._exit = ExitStack()
-        self._workspace = Workspace()
+        self._buffers = BufferPool()
         self._score: ScoreFunction | None = None
         self._seen: dict[str, SiteMeasurement] = {}
 
@@ -104,12 +104,12 @@ class Measurement:
             n = min(n, max(1, self.max_tokens // max(1, Q)))
         call = call.first_sequences(n)
         site = self._seen.get(call.site) or SiteMeasurement(
-            HeadTotals(self.statistics, self.max_tokens, self._workspace, self._on_failure),
+            HeadTotals(self.statistics, self.max_tokens, self._buffers, self._on_failure),
             not call.is_self_attention,
             call.shape[1],
         )
         if self.with_patterns and site.pattern is None:
-            site.pattern = picture(call.first_sequences(1))[0].cpu()
+            site.pattern = pooled_pattern(call.first_sequences(1))[0].cpu()
             self.pooled |= max(call.shape[2:]) > MAX_MAP_SIZE
         # a statistic of the user's own may draw numbers, and training must not notice
         with torch.random.fork_rng([call.device] if call.device.type == "cuda" else []):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..capturing.attention_call import AttentionCall
 from ..snapshots import HeadScore
-from ..statistics.row_blocks import RowBlock, spans
+from ..statistics.row_blocks import RowBlock, row_spans
 from ..traits import POSITIONAL, SINK
 
 # mean weight on the first token; share of rows whose largest weight is at one offset
@@ -31,7 +31,7 @@ def position_scores(call: AttentionCall) -> dict[str, Tensor]:
     on_first = torch.zeros((B, H), dtype=torch.float64, device=call.device)
     n_rows = torch.zeros((B, H), dtype=torch.float64, device=call.device)
     offsets = torch.zeros((H, 2 * K), dtype=torch.float64, device=call.device)  # rows by key - query + K
-    for start, stop in spans(call):
+    for start, stop in row_spans(call):
         block = RowBlock(call, start, stop)
         weights = block.position_weights  # (B, H, R, K')
         real = block.visible.expand(weights.shape[:3])
