@@ -39,3 +39,21 @@ def test_the_kinds_of_heads_are_told_with_their_rules():
 def test_every_link_to_a_file_leads_to_one(page):
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_the_tree_in_contributing_has_every_module_with_a_line_of_its_own():
+    package = ROOT / "callbacks/attention_monitor"
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = re.search(r"^callbacks/attention_monitor/\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1].splitlines()
+    named, folders = [], []
+    for line in lines:
+        found = re.match(r"( +)([\w/.]+)  +\S", line)
+        if found:
+            depth = len(found[1]) // 2 - 1
+            folders[depth:] = [found[2]]
+            named.append("".join(folders))
+    modules = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
+    there = {module for module in modules if module == "__init__.py" or not module.endswith("/__init__.py")}
+    assert {name for name in named if name.endswith(".py")} == there
+    folders = {f"{Path(module).parent}/" for module in modules if "/" in module}
+    assert {name for name in named if name.endswith("/")} == folders

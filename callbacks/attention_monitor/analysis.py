@@ -57,11 +57,20 @@ class AttentionMaps:
     decoder that is the number of the layer; in an encoder-decoder the encoder's come first.
 
     Attributes:
-        calls: the attention call of each layer, of one sequence.
-        labels: of the layers: ``L00``, or a module path.
-        stacks: of the layers: which they belong to, such as ``decoder.block.*.attn``.
-        tokens: labels of the positions, where known.
-        target_tokens: of an encoder-decoder, those of the decoder.
+        calls: attention call of each layer, of one sequence.
+        labels: label of each layer, ``L00`` or a module path.
+        stacks: stack that each layer belongs to, such as ``decoder.block.*.attn``.
+        tokens: labels of the positions, where they are known.
+        target_tokens: labels of the decoder's positions, in an encoder-decoder.
+
+    Example:
+        >>> import torch
+        >>> call = AttentionCall("h.0.attn", torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), is_causal=True)
+        >>> maps = AttentionMaps([call], ["L00"], ["h.*.attn"], ["a", "b", "c"])
+        >>> maps.pattern(0)[1].tolist()[1]
+        [0.5, 0.5, 0.0]
+        >>> round(maps.snapshot(["normalized_entropy"]).mean("normalized_entropy"), 3)
+        1.0
     """
 
     calls: Sequence[AttentionCall]
@@ -74,11 +83,11 @@ class AttentionMaps:
         return len(self.calls)
 
     def n_heads(self, layer: int) -> int:
-        """H of a layer."""
+        """Return H of a layer."""
         return self._call(layer).shape[1]
 
     def pattern(self, layer: int) -> Tensor:
-        """Weights of the heads of a layer, (H, Q, K), float32 on the CPU; rows sum to 1.
+        """Compute the weights of the heads of a layer, (H, Q, K), float32 on the CPU; rows sum to 1.
 
         Raises:
             AttentionMonitorError: when there is no such layer.
@@ -86,7 +95,7 @@ class AttentionMaps:
         return self._call(layer).pattern()[0].float().cpu()
 
     def tokens_of(self, layer: int) -> tuple[Sequence[str] | None, Sequence[str] | None]:
-        """Labels of the queries and of the keys of a layer; None where they are not known."""
+        """Return the labels of the queries and of the keys of a layer; None where they are not known."""
         call = self._call(layer)
         Q, K = call.shape[2:]
         of_decoder = self.target_tokens if self.target_tokens is not None else self.tokens
@@ -128,18 +137,21 @@ class AttentionMaps:
 def attention_maps(
     model: nn.Module, text: str | Probe, tokenizer: Any = None, *, sites: str | Sequence[str] | None = None
 ) -> AttentionMaps:
-    """What a model attends to when it reads a text.
+    """Look at what a model attends to when it reads a text.
 
     Args:
-        model: called in evaluation mode, without gradients; left as it was.
-        text: what it reads, as ``model(token_ids)``; or a ``Probe``, of which the first sequence is looked at: a
+        model: model that is called in evaluation mode, without gradients; left as it was.
+        text: text that it reads, as ``model(token_ids)``; or a ``Probe``, of which the first sequence is looked at: a
             ``TextProbe`` of token ids, a ``BatchProbe`` for other inputs.
         tokenizer: anything with ``encode(text)`` and ``decode(ids)``; None: the probe's own.
-        sites: patterns for the module paths to look at; None: all.
+        sites: shell patterns for the module paths to look at; None: all.
 
     Example:
-        >>> maps = attention_maps(model, "The cat sat on the mat.", tokenizer)
-        >>> plot_head(maps.pattern(0)[1], maps.tokens)
+        >>> from attention_monitor import BatchProbe
+        >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+        >>> maps = attention_maps(model, BatchProbe(torch.randn(1, 5, 8)))
+        >>> len(maps), maps.pattern(0).shape
+        (1, torch.Size([2, 5, 5]))
 
     Raises:
         AttentionMonitorError: when the text cannot be encoded, or the model does not take it.
@@ -153,11 +165,17 @@ def attention_maps(
 
 
 def top_attended(pattern: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    """For each query the keys with the largest weights, and these, from the largest; none that has no weight.
+    """List for each query the keys with the largest weights, and these weights, from the largest.
+
+    Keys without weight are left out.
 
     Args:
         pattern: (Q, K) of a head, or a mean over heads.
-        k: keys for each query, at most.
+        k: number of keys for each query, at most.
+
+    Example:
+        >>> top_attended(torch.tensor([[1.0, 0.0], [0.25, 0.75]]), 2)
+        [[(0, 1.0)], [(1, 0.75), (0, 0.25)]]
     """
     weights, keys = pattern.topk(min(k, pattern.shape[-1]), dim=-1)  # (Q, k) each
     rows = zip(keys.tolist(), weights.tolist(), strict=True)
@@ -192,7 +210,19 @@ def head_kinds(values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def ranking(snapshot: Snapshot, name: str) -> list[Ranked]:
-    """Put heads in order, from the largest value of a statistic or score: (layer, head, value), without NaN."""
+    """Put heads in order, from the largest value of a statistic or score: (layer, head, value), without NaN.
+
+    Args:
+        snapshot: what was seen of the heads.
+        name: name of one of its columns.
+
+    Example:
+        >>> import numpy as np
+        >>> from attention_monitor.snapshots import SiteRecord
+        >>> records = [SiteRecord("L00", "h.0", values={"entropy": np.array([0.5, 1.5])})]
+        >>> ranking(Snapshot(0, "live", records), "entropy")
+        [(0, 1, 1.5), (0, 0, 0.5)]
+    """
     return rank_heads([values[name] for values in snapshot.values])
 
 

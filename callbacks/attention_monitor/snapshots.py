@@ -94,6 +94,12 @@ class Snapshot:
         records: one record for each site; those of a stack stand together, otherwise in order of execution.
         columns: name -> what the column is, for every name in the records' values.
         tokens: labels of the positions, where they are known and maps are not pooled.
+
+    Example:
+        >>> record = SiteRecord("L00", "h.0.attn", values={"entropy": np.array([0.5, 1.5])})
+        >>> seen = Snapshot(100, "live", [record], {"entropy": Column("entropy", "nats", "0..ln n_i")})
+        >>> seen.mean("entropy"), seen.values[0]["entropy"].tolist()
+        (1.0, [0.5, 1.5])
     """
 
     step: int

@@ -103,6 +103,13 @@ def test_no_modules_import_one_another_in_a_circle():
     assert not arrows
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_stay_in_their_module(module):
+    tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0]
+    assert [alias.name for node in imports for alias in node.names if alias.name.startswith("_")] == []
+
+
 WITHOUT_TORCH = """
 import sys
 from importlib import import_module

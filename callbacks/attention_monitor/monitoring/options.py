@@ -38,6 +38,12 @@ class Options:
 
     Raises:
         AttentionMonitorError: on an option that makes no sense.
+
+    Example:
+        >>> from attention_monitor import Options, TextProbe
+        >>> options = Options(every_n_steps=100, probe=["The cat sat.", TextProbe("On the mat.", name="mat")])
+        >>> [probe.name for probe in options.probes]
+        ['text', 'mat']
     """
 
     every_n_steps: int = 50

@@ -30,15 +30,15 @@ class ProbeBatch:
     """One call of the model.
 
     Attributes:
-        inputs: a tensor, or a tuple of arguments, or a dict of keyword arguments.
-        score: of a self-attention call on it: name -> (n, H), to be averaged over n and batches.
+        inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        score: function that scores a self-attention call on it: name -> (n, H), to be averaged over n and batches.
     """
 
     inputs: Any
     score: ScoreFunction
 
     def run(self, model: nn.Module, device: torch.device) -> None:
-        """Call the model on it."""
+        """Call a model on the inputs, moved to a device."""
         inputs = dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs  # of transformers, a UserDict
         inputs = tree_map_only(Tensor, lambda x: x.to(device, copy=True), inputs)  # a model may write into them
         if isinstance(inputs, Mapping):
@@ -54,14 +54,14 @@ class EncodedProbe:
     """A probe that is ready to be run.
 
     Attributes:
-        name: of the source of its snapshots.
-        batches: that the model is called on.
-        scores: what its batches score, in order.
-        labels: of the positions of the first batch's first sequence, where they are known.
-        is_drawn: its maps are worth a picture.
-        with_statistics: the statistics that are taken of training are taken of it too.
+        name: name of the source of its snapshots.
+        batches: batches that the model is called on.
+        scores: columns that its batches are scored by, in order.
+        labels: labels of the positions of the first batch's first sequence, where they are known.
+        is_drawn: whether its maps are worth a picture.
+        with_statistics: whether the statistics that are taken of training are taken of it too.
         every: sampled steps from one run to the next.
-        with_layers: layers are looked at as a whole too.
+        with_layers: whether layers are measured as a whole too.
     """
 
     name: str
@@ -115,11 +115,24 @@ class EncodedProbe:
 
 
 class Probe(ABC):
-    """A fixed input that is run through the model at every sampled step.
+    """A fixed input that is run through the model at sampled steps.
 
     Attributes:
-        name: of its tags: letters, digits, underscores.
+        name: name that its tags begin with: letters, digits, underscores.
         every: sampled steps from one run to the next; the last step has one too.
+
+    Example:
+        >>> class Zeros(Probe):
+        ...     name, every = "zeros", 1
+        ...
+        ...     def encode(self, tokenizer=None):
+        ...         def score(call):  # of a self-attention call: name -> (n, H)
+        ...             return {"to_itself": call.pattern().diagonal(dim1=-2, dim2=-1).mean(-1)}
+        ...
+        ...         tokens = torch.zeros(1, 8, dtype=torch.long)
+        ...         return EncodedProbe("zeros", [ProbeBatch(tokens, score)], [HeadScore("to_itself")])
+        >>> Zeros().encode().name
+        'zeros'
     """
 
     name: str
@@ -127,10 +140,10 @@ class Probe(ABC):
 
     @abstractmethod
     def encode(self, tokenizer: Any = None) -> EncodedProbe:
-        """Ready to be run.
+        """Make batches of the probe, so that it is ready to be run.
 
         Args:
-            tokenizer: of the datamodule or the model; a probe's own comes first.
+            tokenizer: tokenizer of the datamodule or the model; a probe's own comes first.
 
         Raises:
             AttentionMonitorError: when it cannot be encoded.
@@ -145,7 +158,10 @@ def is_of_tokens(call: AttentionCall, shape: tuple[int, ...]) -> bool:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards module modes, buffers and random states are as they were."""
+    """Put a model in evaluation mode without gradients.
+
+    Afterwards module modes, buffers and random states are as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, None if buffer is None or buffer.is_inference() else (buffer._version, buffer.clone()))

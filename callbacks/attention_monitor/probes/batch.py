@@ -18,9 +18,15 @@ class BatchProbe(Probe):
     The monitor's statistics are taken of it, its first sequence is drawn, and heads are scored as by ``TextProbe``.
 
     Attributes:
-        batch: a tensor for ``model(batch)``, a tuple for ``model(*batch)``, a dict for ``model(**batch)``.
-        name: of its tags.
+        batch: what the model is called on: a tensor for ``model(batch)``, a tuple for ``model(*batch)``, a dict for
+            ``model(**batch)``.
+        name: name that its tags begin with.
         every: sampled steps from one run to the next.
+
+    Example:
+        >>> import torch
+        >>> BatchProbe({"pixels": torch.zeros(1, 3, 8, 8)}).encode().is_drawn
+        True
     """
 
     batch: Any

@@ -17,7 +17,7 @@ from ..traits import ABOVE_BASELINE
 from .base import EncodedProbe, Probe, ProbeBatch, is_of_tokens
 from .tokens import checked_tokenizer, token_ids, token_spans
 
-# a pair of a relation: query, key, name; both a position, or a span of characters, or a word that occurs once
+# query, key and name of a relation; query and key are positions, spans of characters, or words that occur once
 Pair = tuple[Any, Any, str]
 Example = tuple[str | Sequence[int], Sequence[Pair]]
 
@@ -29,16 +29,21 @@ class RelationProbe(Probe):
     Scores, one for each relation: the share of its pairs for which a head's largest weight, among earlier tokens, is on
     the key. A head has the role when it beats the best fixed offset by 0.1.
 
-    Example:
-        >>> RelationProbe([("The cat sat on the mat. It purred.", [("It", "cat", "pronoun")])])
-
     Attributes:
         examples: texts with pairs (query, key, relation), or a function that returns them. In a text, query and key
             are words that occur in it once, or spans of characters (start, stop); of token ids, positions.
-        tokenizer: as for ``TextProbe``; one that keeps every character of the text.
-        max_tokens: texts are cut there; None: never.
-        name: of its tags.
+        tokenizer: tokenizer, as for ``TextProbe``, that keeps every character of the text.
+        max_tokens: number of tokens at which texts are cut; None: never.
+        name: name that its tags begin with.
         every: sampled steps from one run to the next.
+
+    Example:
+        >>> class Letters:
+        ...     encode, decode = (lambda self, text: [*map(ord, text)]), (lambda self, ids: "".join(map(chr, ids)))
+        >>> probe = RelationProbe([("The cat sat. It purred.", [("It", "cat", "pronoun")])], Letters())
+        >>> [score] = probe.encode().scores
+        >>> score.name, score.n, score.offset
+        ('pronoun', 1, -10)
     """
 
     examples: Sequence[Example] | Callable[[], Sequence[Example]]
@@ -112,7 +117,7 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _encode_example(text: str | Sequence[int], given: Sequence[Pair], tokenizer: Any) -> tuple[list[int], list[_Pair]]:
-    """Token ids, and the pairs as positions."""
+    """Encode a text: its token ids, and the pairs as positions."""
     if isinstance(text, str):
         tokenizer = checked_tokenizer(tokenizer, "has texts", "RelationProbe(examples, tokenizer)")
         ids, where = token_spans(tokenizer, text)
@@ -131,7 +136,7 @@ def _encode_example(text: str | Sequence[int], given: Sequence[Pair], tokenizer:
 
 
 def _positions(place: Any, text: str | Sequence[int], where: list[tuple[int, int]] | None, n: int) -> range:
-    """Tokens of a word, a span of characters, or a position."""
+    """Find the tokens of a word, of a span of characters, or at a position."""
     if where is None:
         if not isinstance(place, int):
             raise AttentionMonitorError(f"In token ids a query or key is a position, got {place!r}.")
@@ -161,7 +166,13 @@ def _positions(place: Any, text: str | Sequence[int], where: list[tuple[int, int
 def relation_scores(
     call: AttentionCall, pairs: Sequence[tuple[int, _Pair]], shape: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """relation -> (pairs, H): 1 where the largest weight among earlier tokens is on the key."""
+    """Score pairs, relation -> (pairs, H): 1 where the largest weight among earlier tokens is on the key.
+
+    Args:
+        call: self-attention call on texts of one length.
+        pairs: number of the text in the batch, and the pair.
+        shape: (B, T) of the batch; a call of another shape is not scored.
+    """
     if not pairs or not is_of_tokens(call, shape):
         return {}
     pattern = call.pattern()  # (B, H, T, T)

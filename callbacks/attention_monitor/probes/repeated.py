@@ -31,14 +31,19 @@ class RepeatedTokensProbe(Probe):
     ``duplicate_token``, to these occurrences; ``previous_token``, to the token before.
 
     Attributes:
-        vocab_size: tokens are drawn below it; None: as many as the tokenizer has.
-        n_tokens: that are repeated.
-        n_repeats: including the first.
-        n_draws: sequences.
+        vocab_size: number of tokens to draw from; None: as many as the tokenizer has.
+        n_tokens: number of tokens that are repeated.
+        n_repeats: number of times that they stand there, the first included.
+        n_draws: number of sequences.
         bos: beginning-of-sequence token; None: the tokenizer's, or a random one.
-        seed: of the draws.
-        name: of its tags.
+        seed: seed of the draws.
+        name: name that its tags begin with.
         every: sampled steps from one run to the next.
+
+    Example:
+        >>> [batch] = RepeatedTokensProbe(vocab_size=50, n_tokens=5, n_repeats=2, bos=0).encode().batches
+        >>> batch.inputs.shape, bool((batch.inputs[:, 1:6] == batch.inputs[:, 6:]).all())
+        (torch.Size([4, 11]), True)
     """
 
     vocab_size: int | None = None
@@ -87,7 +92,13 @@ class RepeatedTokensProbe(Probe):
 
 
 def repeat_scores(call: AttentionCall, n_tokens: int, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """Mean over rows of the weight on certain earlier tokens (B, H); the first token is no part of the repeats."""
+    """Average over rows the weight on certain earlier tokens, (B, H); the first token is no part of the repeats.
+
+    Args:
+        call: self-attention call on the probe's batch.
+        n_tokens: number of tokens that are repeated.
+        shape: (B, T) of the batch; a call of another shape is not scored.
+    """
     if not is_of_tokens(call, shape):
         return {}
     pattern = call.pattern()  # (B, H, T, T)

@@ -22,11 +22,15 @@ class TextProbe(Probe):
     largest weight is at one offset (Voita et al. 2019).
 
     Attributes:
-        text: what the model reads, or its token ids.
+        text: text that the model reads, or its token ids.
         tokenizer: anything with ``encode(text)`` and ``decode(ids)``: a tiktoken ``Encoding``, a Hugging Face
             tokenizer; None: the ``tokenizer`` attribute of the datamodule or the model.
-        name: of its pictures, ``attention_maps/{name}``.
+        name: name of its pictures, ``attention_maps/{name}``.
         every: sampled steps from one run to the next.
+
+    Example:
+        >>> TextProbe([3, 1, 4, 1, 5]).encode().labels
+        ['3', '1', '4', '1', '5']
     """
 
     text: str | Sequence[int]
@@ -54,10 +58,14 @@ class LayerProbe(TextProbe):
     picture (Abnar and Zuidema 2020).
 
     Attributes:
-        text: of at most 96 tokens.
-        tokenizer: as for ``TextProbe``.
-        name: of its tags.
+        text: text of at most 96 tokens, or its token ids.
+        tokenizer: tokenizer, as for ``TextProbe``.
+        name: name that its tags begin with.
         every: sampled steps from one run to the next.
+
+    Example:
+        >>> [score.name for score in LayerProbe([3, 1, 4]).encode().scores]
+        ['sink', 'positional', 'head_distance']
     """
 
     name: str = "layers"

@@ -11,7 +11,7 @@ from ..errors import AttentionMonitorError, is_whole
 
 
 def token_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and the characters of each; special tokens have none."""
+    """Encode a text: token ids, and the span of characters of each, which is empty for special tokens."""
     if getattr(tokenizer, "is_fast", False):  # of transformers
         encoded = tokenizer(text, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
@@ -26,7 +26,16 @@ def token_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, i
 
 
 def checked_tokenizer(tokenizer: Any, what: str, instead: str) -> Any:
-    """The tokenizer, if it is one."""
+    """Return the tokenizer, if it is one.
+
+    Args:
+        tokenizer: what was given as one.
+        what: what the probe has or is, for the error.
+        instead: what to write instead, for the error.
+
+    Raises:
+        AttentionMonitorError: when it cannot encode and decode.
+    """
     if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "decode"):
         found = "no tokenizer was found" if tokenizer is None else f"{tokenizer!r} has no encode and decode"
         raise AttentionMonitorError(
@@ -37,7 +46,7 @@ def checked_tokenizer(tokenizer: Any, what: str, instead: str) -> Any:
 
 
 def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token stands for; of a character that several share, such as an emoji, the first has it, others ⋯."""
+    """Decode tokens one by one; of several that share a character, such as an emoji, the first has it, others ⋯."""
     labels: list[str] = []
     while len(labels) < len(ids):
         start = len(labels)
@@ -56,7 +65,7 @@ def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def token_ids(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
-    """The tokens of a text, which may be they already.
+    """Return the token ids of a text, or those that were given in its place.
 
     Raises:
         AttentionMonitorError: when there are none, or the tokenizer does not give any.
@@ -83,7 +92,7 @@ def token_ids(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
 
 
 def vocab_size_of(tokenizer: Any) -> int | None:
-    """tiktoken, transformers, tokenizers."""
+    """Ask a tokenizer of tiktoken, transformers or tokenizers how many tokens it has; None where it does not say."""
     for name in ("n_vocab", "vocab_size", "get_vocab_size"):
         size = getattr(tokenizer, name, None)
         size = size() if callable(size) else size

@@ -44,6 +44,12 @@ class Rows:
         later_weight: sum_j p_ij over j > i.
         sum_of_squares: sum_j p_ij^2.
         distance: sum_j p_ij |i - j|.
+
+    Example:
+        >>> from attention_monitor import RowBlock  # rows with all their weights
+        >>> call = AttentionCall("a", torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), is_causal=True)
+        >>> RowBlock(call, 0, 4).own_weight[0, 0, ::3].tolist()
+        [1.0, 0.25]
     """
 
     def __init__(self, call: AttentionCall, row: Tensor, n_keys: Tensor, quantities: dict[str, Tensor]) -> None:
