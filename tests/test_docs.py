@@ -57,3 +57,10 @@ def test_the_tree_in_contributing_has_every_module_with_a_line_of_its_own():
     assert {name for name in named if name.endswith(".py")} == there
     folders = {f"{Path(module).parent}/" for module in modules if "/" in module}
     assert {name for name in named if name.endswith("/")} == folders
+
+
+def test_the_guide_names_every_statistic():
+    page = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    here = "attention_monitor.statistics.catalogue"
+    own = {name for name, stat in STATISTICS.items() if stat.function.__module__ == here}
+    assert {name for name in own if f"`{name}`" not in page} == set()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
 
     def _installed(*homes: str) -> list[Any]:
-        """A class from each package that is installed: Lightning is published under two names."""
+        """Find a class in each package that is installed: Lightning is published under two names."""
         found = []
         for home in homes:
             module, _, name = home.rpartition(".")
@@ -191,5 +191,5 @@ class AttentionMonitor(RunRecord, _Callback):
 
 
 def _step(trainer: "pl.Trainer") -> int:
-    """Batches that ended in an optimizer step: the x axis of ``self.log``, as Lightning's own callbacks take it."""
+    """Count batches that ended in an optimizer step: the x axis of ``self.log``, as Lightning's own callbacks do."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
