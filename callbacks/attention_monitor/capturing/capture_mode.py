@@ -20,7 +20,7 @@ from ..errors import NoAttentionError, Once
 from ..naming import final_site
 from . import recognisers
 from .attention_call import AttentionCall
-from .nothing_captured import explain_left_out, explain_nothing_read
+from .nothing_captured import explain_left_out, explain_nothing_read, explain_refused
 from .provenance import Origins
 from .recognisers.base import RECOGNISERS, FunctionCall, NotUnderstoodError, Recogniser, name_of
 from .running_modules import RunningModules, may_take_fast_path
@@ -46,6 +46,7 @@ class Capture(TorchFunctionMode):
         sites: module path -> most calls seen in one forward, in the order of execution.
         left_out: module paths that match none of ``only``.
         not_understood: module path -> reason why a call of it was not understood.
+        refused: module path -> reason why a call of it was understood, and would give wrong numbers.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Capture(TorchFunctionMode):
         self.sites: dict[str, int] = {}
         self.left_out: set[str] = set()
         self.not_understood: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self._once = Once() if once is None else once
         self._modules = RunningModules(model)
         self._origins = Origins()
@@ -156,7 +158,7 @@ class Capture(TorchFunctionMode):
             try:
                 self._origins.record(func, args, kwargs, result, inside=self._modules.is_inside)
                 if self._projections is not None:
-                    self._projections.note(func, args, kwargs, result, self._origins, self._modules.path)
+                    self._projections.note(func, args, kwargs, result, self._origins)
                 if recogniser is not None:
                     call = FunctionCall(func, args, kwargs, result, self._modules.frames, self._origins)
                     self._read(recogniser, call)
@@ -190,7 +192,8 @@ class Capture(TorchFunctionMode):
             self.left_out.add(path)
             return
         if self._projections is not None and (split := self._projections.reason(call, self._modules.frames)):
-            self._not_understood(path, split)
+            self.refused.setdefault(path, split)
+            self._warn(path, f"{split}; leave it out with sites=, or watch a run without tensor parallelism")
             return
         self.sites[path] = max(self.sites.get(path, 0), index + 1)
         with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
@@ -198,8 +201,11 @@ class Capture(TorchFunctionMode):
 
     def _not_understood(self, path: str, reason: str) -> None:
         self.not_understood.setdefault(path, reason)
+        self._warn(path, reason)
+
+    def _warn(self, path: str, reason: str) -> None:
         message = f"attention_monitor could not look at a call of {path}: {reason}"
-        self._once.warn("module", path, message, stacklevel=3)
+        self._once.warn("module", path, message, stacklevel=4)
 
     # What is asked afterwards
 
@@ -212,6 +218,8 @@ class Capture(TorchFunctionMode):
         """Explain, of a model in which nothing was captured, what was seen and which ways out there are."""
         if self.left_out:
             return explain_left_out(self.model, self.only or (), self.left_out)
+        if self.refused and not self.not_understood:
+            return explain_refused(self.model, self.refused)
         readable = [recogniser.reads for recogniser in self._instances]
         return explain_nothing_read(self.model, self.not_understood, readable)
 

@@ -18,6 +18,16 @@ def explain_left_out(model: nn.Module, only: Sequence[str], left_out: Collection
     )
 
 
+def explain_refused(model: nn.Module, refused: Mapping[str, str]) -> str:
+    """Explain that all attention there is was refused: its heads are split over processes."""
+    paths = {reason: [path for path, of in refused.items() if of == reason] for reason in refused.values()}
+    reasons = "; ".join(f"in {listed(of, _MOST_LISTED)} {reason}" for reason, of in paths.items())
+    return (
+        f"No attention call can be looked at in {type(model).__name__}: {reasons}; watch a run without tensor "
+        "parallelism, or leave the monitor out."
+    )
+
+
 def explain_nothing_read(model: nn.Module, not_understood: Mapping[str, str], readable: Sequence[str]) -> str:
     """Explain what was seen, what is understood, and which ways out there are.
 
@@ -39,10 +49,8 @@ def explain_nothing_read(model: nn.Module, not_understood: Mapping[str, str], re
         seen = f"modules that look like attention are {listed(names, _MOST_LISTED)}" if names else ""
         seen = seen or "no module in it looks like attention"
     *others, last = readable
-    # a reason may bring its own way out, and a call that is understood is of no help against it then
-    use = "Where no reason names a way out, use" if not_understood else "Use"
     return (
         f"No attention call was seen in {name_of_model}: {seen}. What is understood is {', '.join(others)}, and "
-        f"{last}. {use} one of them, called by the model's own modules outside TorchScript; or teach the package "
+        f"{last}. Use one of them, called by the model's own modules outside TorchScript; or teach the package "
         "another with a Recogniser (attention_monitor.Recogniser); or leave the monitor out."
     )

@@ -46,9 +46,7 @@ class SplitProjections:
         """Forget the projections of earlier forwards."""
         self._split, self._last_whole = [], 0
 
-    def note(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, origins: Origins, at: str
-    ) -> None:
+    def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, origins: Origins) -> None:
         """Take note of a function that may project.
 
         Args:
@@ -57,7 +55,6 @@ class SplitProjections:
             kwargs: arguments it was called with, by name.
             result: what it returned, which the origins have recorded.
             origins: where tensors come from.
-            at: path of the module that called it.
         """
         is_dtensor = isinstance(result, sys.modules[_DTENSORS].DTensor)
         if not is_dtensor and not self._split:  # nearly always: nothing to take note of
@@ -71,8 +68,7 @@ class SplitProjections:
         serial = origins.of(result).serial
         data = [tensor for tensor in given if not _is_weight(tensor, origins)]
         if dims := _split_dims(weights, data, result):
-            where = f"the weight of {at} is sharded over {_named(result, dims)}"
-            self._split.append((serial, _reason("heads", result, dims, where)))
+            self._split.append((serial, _reason("heads", result, dims)))
         else:
             self._last_whole = serial
 
@@ -82,10 +78,10 @@ class SplitProjections:
         The innermost module that has projected since it began decides: an output projection follows the call, and
         projections of other modules do not make its queries.
         """
-        for name, tensor in (("query", call.query), ("key", call.key), ("scores", call.model_scores)):
+        for tensor in (call.query, call.key, call.model_scores):
             if tensor is not None and (dims := _sharded_dims(tensor)):
                 axis = _AXES[tensor.placements[dims[0]].dim % tensor.dim()]  # type: ignore[attr-defined]
-                return _reason(axis, tensor, dims, f"its {name} is sharded over {_named(tensor, dims)}")
+                return _reason(axis, tensor, dims)
         for frame in reversed(frames[-_FRAMES_THAT_PROJECT:]):
             for serial, reason in self._split:
                 if serial >= frame.start:
@@ -127,16 +123,15 @@ def _split_dims(weights: Sequence[Tensor], data: Sequence[Tensor], result: Tenso
     return [i for i in dims if i in by_weight and i not in as_data]
 
 
-def _named(tensor: Tensor, dims: Sequence[int]) -> str:
-    names = tensor.device_mesh.mesh_dim_names  # type: ignore[attr-defined]
-    return " and ".join(repr(names[i]) if names else f"dimension {i} of its mesh" for i in dims)
-
-
-def _reason(what: str, tensor: Tensor, dims: Sequence[int], where: str) -> str:
-    n = math.prod(tensor.device_mesh.size(i) for i in dims)  # type: ignore[attr-defined]
+def _reason(what: str, tensor: Tensor, dims: Sequence[int]) -> str:
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    over = " and ".join(
+        repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else f"dimension {i} of its mesh" for i in dims
+    )
+    n = math.prod(map(mesh.size, dims))
     return (
-        f"its {what} are split over {n} processes (tensor parallelism: {where}), and numbers of different {what} would "
-        "be mixed; leave it out with sites=, or watch a run without tensor parallelism"
+        f"{what} are split over {n} processes (tensor parallelism over {over}), and numbers of different {what} would "
+        "be mixed"
     )
 
 

@@ -1023,7 +1023,7 @@ def test_a_recogniser_may_run_around_a_call_and_judge_a_forward(my_kernel):
     torch.testing.assert_close(outputs[0], (q @ q.mT).softmax(-1) @ q + 1)
     with (
         pytest.warns(UserWarning, match="a call of Attend: only 1 after"),
-        pytest.raises(NoAttentionError, match=r", and two kernels in a row\. Where no reason"),
+        pytest.raises(NoAttentionError, match=r", and two kernels in a row\. Use one of them"),
         capture(model[1]),
     ):
         model[1](q, q, q)
