@@ -89,12 +89,13 @@ class AttentionTrainerCallback(RunRecord, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step, recorder = state.global_step, self._recorder
-        if recorder is None or (step % self.every_n_steps and step != state.max_steps - 1):
+        is_last = step == state.max_steps - 1
+        if recorder is None or not self.options.is_due(step, is_last=is_last):
             return
         self._sampling.close()
         if args.torch_compile:
             self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
-        recorder.begin(step, is_last=step == state.max_steps - 1)
+        recorder.begin(step, is_last=is_last)
         self._sampling.callback(_WatchedForward(kwargs["model"], recorder).undo)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -138,7 +138,7 @@ class AttentionMonitor(RunRecord, _Callback):
         step = _step(trainer)
         is_last = step == self._last_step
         first_of_step = batch_idx % trainer.accumulate_grad_batches == 0
-        if self._recorder is not None and first_of_step and (step % self.every_n_steps == 0 or is_last):
+        if self._recorder is not None and first_of_step and self.options.is_due(step, is_last=is_last):
             self._sampling = True
             self._recorder.begin(step, trainer.precision_plugin.forward_context(), is_last=is_last)
             self._recorder.start()

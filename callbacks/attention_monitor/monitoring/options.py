@@ -67,6 +67,10 @@ class Options:
                 "all."
             )
 
+    def is_due(self, step: int, *, is_last: bool = False) -> bool:
+        """Whether a step is sampled, by the number of optimizer steps done before it."""
+        return is_last or step % self.every_n_steps == 0
+
     @property
     def probes(self) -> list[Probe]:
         """The probes; a text is a ``TextProbe``."""

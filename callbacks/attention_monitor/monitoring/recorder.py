@@ -99,7 +99,7 @@ class AttentionRecorder:
             raise AttentionMonitorError(f"step() takes the number of optimizer steps done so far, got {step!r}.")
         if self._closed:
             raise AttentionMonitorError("This AttentionRecorder has been closed; make another one.")
-        if step % self.every_n_steps or step == self._sampled_step:  # of several batches in a step, the first
+        if not self.options.is_due(step) or step == self._sampled_step:  # of several batches in a step, the first
             self._step = step
             yield
             return
