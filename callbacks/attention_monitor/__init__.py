@@ -45,7 +45,11 @@ _HOME = {
     "STATISTICS": "statistics.catalogue",
     "statistic": "statistics.catalogue",
     "Detector": "diagnosis.detector",
+    "Sink": "writers.sinks",
     "Probe": "probes.base",
+    "EncodedProbe": "probes.base",
+    "ProbeBatch": "probes.base",
+    "HeadScore": "snapshots",
     "BatchProbe": "probes.batch",
     "LayerProbe": "probes.text",
     "RelationProbe": "probes.relation",
@@ -73,16 +77,17 @@ if TYPE_CHECKING:
     from .monitoring.recorder import AttentionRecorder
     from .plots.figures import animate_head, plot_difference, plot_differences, plot_head, plot_heads, plot_layers
     from .plots.values import plot_flow, plot_matrix
-    from .probes.base import Probe
+    from .probes.base import EncodedProbe, Probe, ProbeBatch
     from .probes.batch import BatchProbe
     from .probes.relation import RelationProbe
     from .probes.repeated import RepeatedTokensProbe
     from .probes.text import LayerProbe, TextProbe
-    from .snapshots import Snapshot
+    from .snapshots import HeadScore, Snapshot
     from .statistics.catalogue import STATISTICS, statistic
     from .statistics.row_blocks import RowBlock
     from .statistics.rows import Rows
     from .statistics.totals import summarize
+    from .writers.sinks import Sink
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,10 @@ class HeadScore(Column):
         n: number of pairs or rows that the score is a share or mean of; None where that depends on the input.
         baseline: of a relation, share of pairs that the best fixed offset gets right (Clark et al. 2019).
         offset: that offset, key position - query position.
+
+    Example:
+        >>> HeadScore("previous_token", threshold=0.5).role
+        'previous-token'
     """
 
     kind: Literal["statistic", "score"] = "score"

@@ -28,6 +28,10 @@ class Condition:
     sign: Literal[">=", ">", "<"]
     threshold: float
 
+    def __post_init__(self) -> None:
+        if self.sign not in (">=", ">", "<"):
+            raise ValueError(f"The sign of a condition is >=, > or <, got {self.sign!r}.")
+
     def holds(self, values: Mapping[str, Any]) -> Any:
         """Compare the column, (H,), with the threshold: (H,) bool; False for NaN."""
         column = values[self.column]
@@ -52,6 +56,12 @@ class Trait:
     name: str
     conditions: tuple[Condition, ...]
     why: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.conditions, tuple) or not self.conditions:
+            raise ValueError(
+                f"The trait {self.name!r} needs conditions, a tuple of one or more, got {self.conditions!r}."
+            )
 
     @property
     def rule(self) -> str:

@@ -34,3 +34,10 @@ def test_a_trait_holds_where_all_conditions_do(make):
     values = {"a": make([0.5, 0.4, 0.9, float("nan")]), "b": make([0.0, 0.0, 0.1, 0.0])}
     assert trait.holds(values).tolist() == [True, False, False, False]
     assert trait.rule == "a >= 0.5 and b < 0.1"
+
+
+def test_a_trait_without_conditions_and_a_sign_that_is_none_are_refused():
+    with pytest.raises(ValueError, match="needs conditions, a tuple"):
+        Trait("empty", (), "")
+    with pytest.raises(ValueError, match="got '>>'"):
+        Condition("entropy", ">>", 1)

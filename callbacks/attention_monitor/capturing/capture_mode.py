@@ -24,7 +24,7 @@ from .nothing_captured import explain_left_out, explain_nothing_read, explain_re
 from .provenance import Origins
 from .recognisers.base import RECOGNISERS, FunctionCall, NotUnderstoodError, Recogniser, name_of
 from .running_modules import RunningModules, may_take_fast_path
-from .sharding import SplitProjections, may_be_sharded
+from .sharding import ProjectionWeights, SplitProjections, may_be_sharded
 
 load_modules(recognisers)
 
@@ -41,11 +41,13 @@ class Capture(TorchFunctionMode):
         only: patterns as of a shell, such as ``decoder.*``; a call is looked at when its module path, with or without
             ``[i]``, matches one. None: all are.
         once: what has been said already, when several captures warn of a module only once between them.
+        sample_weights: whether weights that make queries and keys are sampled, for processes to compare.
 
     Attributes:
         sites: module path -> most calls seen in one forward, in the order of execution.
         left_out: module paths that match none of ``only``.
         not_understood: module path -> reason why a call of it was not understood.
+        weights: module path -> bytes of some numbers of the weights that make its queries and keys.
         refused: module path -> reason why a call of it was understood, and would give wrong numbers.
     """
 
@@ -55,6 +57,7 @@ class Capture(TorchFunctionMode):
         on_call: Callable[[AttentionCall], None],
         only: Sequence[str] | None = None,
         once: Once | None = None,
+        sample_weights: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.on_call, self.only = model, on_call, only
@@ -62,6 +65,8 @@ class Capture(TorchFunctionMode):
         self.left_out: set[str] = set()
         self.not_understood: dict[str, str] = {}
         self.refused: dict[str, str] = {}
+        self.weights: dict[str, bytes] = {}
+        self._weights = ProjectionWeights() if sample_weights else None
         self._once = Once() if once is None else once
         self._modules = RunningModules(model)
         self._origins = Origins()
@@ -114,6 +119,8 @@ class Capture(TorchFunctionMode):
         self._origins.forget_ancestry()
         if self._projections is not None:
             self._projections.forget()
+        if self._weights is not None:
+            self._weights.forget()
 
     def module_begins(self, module: nn.Module) -> None:
         """Leave a module of torch's its fast path, which it would not take while a function mode is on."""
@@ -159,6 +166,8 @@ class Capture(TorchFunctionMode):
                 self._origins.record(func, args, kwargs, result, inside=self._modules.is_inside)
                 if self._projections is not None:
                     self._projections.note(func, args, kwargs, result, self._origins)
+                if self._weights is not None:
+                    self._weights.note(func, args, kwargs, result, self._origins)
                 if recogniser is not None:
                     call = FunctionCall(func, args, kwargs, result, self._modules.frames, self._origins)
                     self._read(recogniser, call)
@@ -193,8 +202,10 @@ class Capture(TorchFunctionMode):
             return
         if self._projections is not None and (split := self._projections.reason(call, self._modules.frames)):
             self.refused.setdefault(path, split)
-            self._warn(path, f"{split}; leave it out with sites=, or watch a run without tensor parallelism")
+            self._warn(path, f"{split}; it is left out: watch a run without tensor parallelism to see it")
             return
+        if self._weights is not None:
+            self.weights[path] = self._weights.sample(call, self._modules.frames)
         self.sites[path] = max(self.sites.get(path, 0), index + 1)
         with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
             self.on_call(replace(call, site=f"{path}[{index}]"))

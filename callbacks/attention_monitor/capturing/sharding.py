@@ -21,9 +21,6 @@ from .torch_functions import KINDS, Kind
 
 _DTENSORS = "torch.distributed.tensor"
 
-# The core of an attention may be a module of its own, which the module around it hands projected queries and keys.
-_FRAMES_THAT_PROJECT = 2
-
 _AXES = ("sequences", "heads", "positions", "features")
 
 
@@ -39,7 +36,7 @@ class SplitProjections:
     """The projections of a forward, as far as it takes to see that the heads of an attention call are split."""
 
     def __init__(self) -> None:
-        self._split: list[tuple[int, str]] = []  # serial of what was projected, where it is split
+        self._split: list[tuple[int, int, str]] = []  # serial of what was projected, its whole width, why it is split
         self._last_whole = 0  # serial of what was last projected by a weight that is not split
 
     def forget(self) -> None:
@@ -68,7 +65,7 @@ class SplitProjections:
         serial = origins.of(result).serial
         data = [tensor for tensor in given if not _is_weight(tensor, origins)]
         if dims := _split_dims(weights, data, result):
-            self._split.append((serial, _reason("heads", result, dims)))
+            self._split.append((serial, result.shape[-1], _reason("heads", result, dims)))
         else:
             self._last_whole = serial
 
@@ -82,13 +79,26 @@ class SplitProjections:
             if tensor is not None and (dims := _sharded_dims(tensor)):
                 axis = _AXES[tensor.placements[dims[0]].dim % tensor.dim()]  # type: ignore[attr-defined]
                 return _reason(axis, tensor, dims)
-        for frame in reversed(frames[-_FRAMES_THAT_PROJECT:]):
-            for serial, reason in self._split:
-                if serial >= frame.start:
-                    return reason
+        for frame in reversed(frames):
+            projected = [(width, reason) for serial, width, reason in self._split if serial >= frame.start]
+            if projected:
+                return None if _have_been_gathered([width for width, _ in projected], call) else projected[0][1]
             if self._last_whole >= frame.start:
                 return None
         return None
+
+
+def _widths(call: AttentionCall) -> tuple[int, int]:
+    """Return how wide the queries of a call are over all its heads, and its keys; 0 where that is not known."""
+    if call.query is None or call.key is None:
+        return 0, 0
+    return call.shape[1] * call.query.shape[-1], call.key.shape[1] * call.key.shape[-1]
+
+
+def _have_been_gathered(widths: Sequence[int], call: AttentionCall) -> bool:
+    """Whether split projections of these whole widths make no more heads than the call has: it has all of them."""
+    q, k = _widths(call)
+    return q > 0 and (set(widths) <= {q, k} or list(widths) == [q + 2 * k])
 
 
 def _sharded_dims(tensor: Tensor) -> list[int]:
@@ -138,18 +148,49 @@ def _reason(what: str, tensor: Tensor, dims: Sequence[int]) -> str:
 _SAMPLED = 8  # entries at either end of a weight: two parts of a split weight differ there already
 
 
-def sample_weights(model: nn.Module, module: nn.Module) -> bytes:
-    """Sample the weights of a module, which are the same on processes that compute the same heads.
+class ProjectionWeights:
+    """The weights that project in a forward: processes that compute the same heads have the same ones."""
 
-    Weights that only look different because they are stored in shards between forwards (FSDP, DeepSpeed's ZeRO) are
-    left out.
+    def __init__(self) -> None:
+        self._noted: list[tuple[int, int, Tensor]] = []  # serial and width of what was projected, the weight
 
-    Args:
-        model: model that the module is part of.
-        module: module that calls attention.
-    """
-    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+    def forget(self) -> None:
+        """Forget the projections of earlier forwards."""
+        self._noted = []
+
+    def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, origins: Origins) -> None:
+        """Take note of a function that may project, as ``SplitProjections.note``."""
+        if KINDS.get(func) not in (Kind.LAYER, Kind.PRODUCT) or func is F.embedding or not isinstance(result, Tensor):
+            return
+        for tensor in tensors_in((*args, *kwargs.values())):
+            if _is_weight(tensor, origins) and _is_plain(tensor):
+                self._noted.append((origins.of(result).serial, result.shape[-1], tensor.detach()))
+
+    def sample(self, call: AttentionCall, frames: Sequence[Frame]) -> bytes:
+        """Sample the weights that a call's queries, keys and values have been projected with.
+
+        Those of the innermost module that has projected to such a width since it began; nothing where none has.
+
+        Args:
+            call: the attention call.
+            frames: modules that are running, outermost first.
+        """
+        q, k = _widths(call)
+        widths = {q, k, 2 * k, q + 2 * k} - {0}
+        for frame in reversed(frames):
+            found = [weight for serial, width, weight in self._noted if serial >= frame.start and width in widths]
+            if found:
+                ends = [end.cpu() for weight in found for end in _ends(weight.flatten())]
+                return torch.cat([end.double() for end in ends]).numpy().tobytes()
         return b""
-    plain = [weight.detach().flatten() for weight in module.parameters() if type(weight.data) is Tensor]
-    ends = [end.double() for weight in plain for end in (weight[:_SAMPLED], weight[-_SAMPLED:])]
-    return torch.cat(ends).cpu().numpy().tobytes() if ends else b""
+
+
+def _ends(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    return numbers[:_SAMPLED], numbers[-_SAMPLED:]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a matrix of numbers that are all here."""
+    is_here = weight.layout == torch.strided and weight.device.type != "meta"
+    is_sharded = _DTENSORS in sys.modules and isinstance(weight, sys.modules[_DTENSORS].DTensor)
+    return weight.dim() == 2 and weight.is_floating_point() and is_here and not is_sharded

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from ..errors import AttentionMonitorError
 from ..naming import head_name
 from ..snapshots import SiteRecord, Snapshot
 from .finding import Finding
@@ -40,11 +41,33 @@ class Detector(ABC):
     advice: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
+        if cls.look is Detector.look:  # a base for others
+            return
+        for name in ("kind", "advice"):
+            if not isinstance(getattr(cls, name, None), str):
+                raise AttentionMonitorError(f"The detector {cls.__name__} needs {name}, a text.")
+        if getattr(cls, "severity", None) not in ("error", "warning"):
+            raise AttentionMonitorError(f"The detector {cls.__name__} needs severity, 'error' or 'warning'.")
+        names = getattr(cls, "statistics", None)
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise AttentionMonitorError(
+                f"The detector {cls.__name__} needs statistics, the names of those it reads, such as ('max_score',); "
+                f"got {names!r}."
+            )
+        for other in [other for other in DETECTORS if other.kind == cls.kind]:
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise AttentionMonitorError(
+                    f"There is a detector of {cls.kind!r} already, {other.__name__}; give {cls.__name__} another kind."
+                )
+            DETECTORS.remove(other)  # the same one, defined anew, as in a notebook
         DETECTORS.append(cls)
 
     @abstractmethod
     def look(self, snapshot: Snapshot) -> Iterator[Finding]:
-        """Yield a Finding for every head that is in trouble at a live Snapshot, also where it was before."""
+        """Yield a Finding for every head that is in trouble at a live Snapshot, also where it was before.
+
+        Reads ``snapshot.heads(name)`` or ``snapshot.where(trait)`` of the statistics that it names.
+        """
 
     def finding(self, snapshot: Snapshot, record: SiteRecord, head: int, detail: str) -> Finding:
         """Make the Finding for one head.

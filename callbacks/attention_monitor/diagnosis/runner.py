@@ -30,7 +30,10 @@ class Diagnosis:
         found: list[Finding] = []
         for detector in self.detectors:
             try:
-                found += detector.look(snapshot)
+                findings = list(detector.look(snapshot))
+                if strangers := [one for one in findings if not isinstance(one, Finding)]:
+                    raise TypeError(f"look() has to yield findings, got {strangers[0]!r}")
+                found += findings
             except Exception as error:
                 self._once.warn(
                     "detector",

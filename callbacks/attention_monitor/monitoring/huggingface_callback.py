@@ -64,8 +64,8 @@ class AttentionTrainerCallback(RunRecord, TrainerCallback):
 
     @takes(TrainerOptions)
     def __init__(self, options: TrainerOptions) -> None:
-        super().__init__()
-        self.options, self.every_n_steps, self.log_to = options, options.every_n_steps, options.log_to
+        self._begin_run()
+        self._options, self.every_n_steps, self.log_to = options, options.every_n_steps, options.log_to
         self._recorder: AttentionRecorder | None = None
         self._sampling = ExitStack()
 
@@ -73,11 +73,11 @@ class AttentionTrainerCallback(RunRecord, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._close(complete=False)  # of a run that failed
-        self.forget()
+        self._begin_run()
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs")
         self._recorder = AttentionRecorder(
             kwargs["model"],
-            **vars(self.options)
+            **vars(self._options)
             | {"log_to": os.path.join(folder, "attention") if self.log_to is None else self.log_to},
             tokenizer=kwargs.get("processing_class"),
             all_ranks=args.world_size > 1,
@@ -90,18 +90,18 @@ class AttentionTrainerCallback(RunRecord, TrainerCallback):
     ) -> None:
         step, recorder = state.global_step, self._recorder
         is_last = step == state.max_steps - 1
-        if recorder is None or not self.options.is_due(step, is_last=is_last):
+        if recorder is None or not self._options.is_due(step, is_last=is_last):
             return
         self._sampling.close()
         if args.torch_compile:
             self._sampling.enter_context(torch.compiler.set_stance("force_eager"))
-        recorder.begin(step, is_last=is_last)
+        recorder.prepare(step, is_last=is_last)
         self._sampling.callback(_WatchedForward(kwargs["model"], recorder).undo)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._sampling.close()
         if self._recorder is not None and self._recorder.is_recording:
-            self.keep(self._recorder.finish())
+            self._keep(self._recorder.finish())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,7 +136,7 @@ class _WatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.undo()
-        with self.recorder.watch():
+        with self.recorder.watch_forward():
             return self.original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

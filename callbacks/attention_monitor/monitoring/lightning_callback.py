@@ -74,8 +74,8 @@ class AttentionMonitor(RunRecord, _Callback):
 
     @takes(Options)
     def __init__(self, options: Options) -> None:
-        super().__init__()
-        self.options = options
+        self._begin_run()
+        self._options = options
         self.every_n_steps = options.every_n_steps
         self.probe = options.probes
         self.statistics = [statistic.name for statistic in options.resolved_statistics]
@@ -85,12 +85,12 @@ class AttentionMonitor(RunRecord, _Callback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
-            self.forget()
+            self._begin_run()
 
     @property
     def state_key(self) -> str:
         names = [probe.name for probe in self.probe]
-        sites = self.options.site_patterns
+        sites = self._options.site_patterns
         return self._generate_state_key(every_n_steps=self.every_n_steps, sites=sites, probe=names)
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class AttentionMonitor(RunRecord, _Callback):
             )
         self._recorder = AttentionRecorder(
             pl_module,
-            **vars(replace(self.options, probe=self.probe)),
+            **vars(replace(self._options, probe=self.probe)),
             log_to=trainer.loggers,
             tokenizer=next((tokenizer for tokenizer in tokenizers if tokenizer is not None), None),
             all_ranks=trainer.world_size > 1,
@@ -138,10 +138,9 @@ class AttentionMonitor(RunRecord, _Callback):
         step = _step(trainer)
         is_last = step == self._last_step
         first_of_step = batch_idx % trainer.accumulate_grad_batches == 0
-        if self._recorder is not None and first_of_step and self.options.is_due(step, is_last=is_last):
+        if self._recorder is not None and first_of_step and self._options.is_due(step, is_last=is_last):
             self._sampling = True
             self._recorder.begin(step, trainer.precision_plugin.forward_context(), is_last=is_last)
-            self._recorder.start()
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Any) -> None:
         if self._sampling and self._recorder is not None:
@@ -153,7 +152,7 @@ class AttentionMonitor(RunRecord, _Callback):
         if self._sampling and self._recorder is not None:
             self._sampling = False
             seen = self._recorder.finish()
-            self.keep(seen)
+            self._keep(seen)
             if seen is not None and "normalized_entropy" in self.statistics:
                 entropy = seen.mean("normalized_entropy")
                 pl_module.log("head_entropy", entropy, prog_bar=True, logger=False, rank_zero_only=True)

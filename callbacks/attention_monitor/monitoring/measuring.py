@@ -14,8 +14,6 @@ from torch import nn
 
 from ..capturing.attention_call import AttentionCall
 from ..capturing.capture_mode import Capture
-from ..capturing.running_modules import module_names
-from ..capturing.sharding import sample_weights
 from ..errors import AttentionMonitorError, NoAttentionError, Once
 from ..naming import final_site
 from ..probes.base import ProbeBatch, ScoreFunction
@@ -40,6 +38,7 @@ class Measurement:
         once: what has been warned of.
         layers_of: tokens of the sequence with which layers are measured as a whole too; None: they are not.
         must_see: whether it is an error to see no attention.
+        compare_weights: whether ranks compare a sample of the weights that make their queries and keys.
 
     Attributes:
         pooled: whether a pattern is larger than what is kept of it.
@@ -60,12 +59,13 @@ class Measurement:
         once: Once | None = None,
         layers_of: int | None = None,
         must_see: bool = False,
+        compare_weights: bool = False,
     ) -> None:
         self.model, self.statistics, self.with_patterns, self.must_see = model, statistics, with_patterns, must_see
         self.max_sequences, self.max_tokens, self.pooled = max_sequences, max_tokens, False
         self._layers = None if layers_of is None else LayerOutputs(model, layers_of)
         self._once = Once() if once is None else once
-        self._capture = Capture(model, self._on_call, sites, self._once)
+        self._capture = Capture(model, self._on_call, sites, self._once, compare_weights)
         self._exit = ExitStack()
         self._buffers = BufferPool()
         self._score: ScoreFunction | None = None
@@ -153,12 +153,11 @@ class Measurement:
         """Put the totals of all ranks together, each of which has to call this; patterns are this rank's own.
 
         Raises:
-            AttentionMonitorError: when the weights of a module are not the same on all ranks, the first time.
+            AttentionMonitorError: when weights were to be compared, and those of a site are not the same on all ranks.
         """
         everyone: list[Any] = [None] * dist.get_world_size()
         mine = {name: (site.is_cross, site.n_heads, site.totals.on_cpu()) for name, site in self._seen.items()}
-        weights = self._sampled_weights() if self._once.is_new("weights", "compared") else {}
-        dist.all_gather_object(everyone, (self._capture.sites, mine, weights))
+        dist.all_gather_object(everyone, (self._capture.sites, mine, self._capture.weights))
         _require_same_weights([of_rank for _, _, of_rank in everyone])
         n_calls: Counter[str] = Counter()
         for theirs, _, _ in everyone:
@@ -174,17 +173,12 @@ class Measurement:
             merged[final_site(name, n_calls)].pattern = site.pattern
         return merged
 
-    def _sampled_weights(self) -> dict[str, bytes]:
-        """Sample the weights of the modules that were seen, by their paths."""
-        modules = {name or type(module).__name__: module for module, name in module_names(self.model).items()}
-        return {path: sample_weights(self.model, modules[path]) for path in self._capture.sites if path in modules}
-
 
 def _require_same_weights(of_ranks: Sequence[Mapping[str, bytes]]) -> None:
     for path in dict.fromkeys(path for weights in of_ranks for path in weights):
         if len({weights[path] for weights in of_ranks if path in weights}) > 1:
             raise AttentionMonitorError(
-                f"The weights of {path} are not the same on all processes, so that its heads are not the same heads "
-                "(split over processes by tensor parallelism, or layers of a pipeline), and their numbers would be "
-                "mixed; leave it out with sites=, watch a run with data parallelism alone, or leave the monitor out."
+                f"The weights that make the queries of {path} are not the same on all processes, so that its heads are "
+                "not the same heads (split by tensor parallelism, or layers of a pipeline), and their numbers would be "
+                "mixed; watch a run with data parallelism alone, or leave the monitor out."
             )

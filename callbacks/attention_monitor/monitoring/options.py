@@ -152,7 +152,8 @@ def takes_after_one(
 def _with_arguments_of(options: Callable[..., Any], init: Callable[..., None]) -> Callable[..., None]:
     kinds = [kind for kind in inspect.getmro(options) if is_dataclass(kind)]  # type: ignore[arg-type]
     *own, _ = inspect.signature(init).parameters.values()
-    signature = inspect.Signature([*own, *inspect.signature(options).parameters.values()])
+    parameters = [*own, *inspect.signature(options).parameters.values()]
+    signature = inspect.Signature(parameters, return_annotation=None)
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         try:
@@ -164,7 +165,8 @@ def _with_arguments_of(options: Callable[..., Any], init: Callable[..., None]) -
 
     # what tools read that show or check arguments: help(), editors at run time, LightningCLI
     __init__.__signature__ = signature  # type: ignore[attr-defined]
-    __init__.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    hints = {parameter.name: parameter.annotation for parameter in parameters[1:]}  # without self
+    __init__.__annotations__ = hints | {"return": None}
     __init__.__doc__ = "\n\n".join(inspect.cleandoc(kind.__doc__ or "") for kind in reversed(kinds))
     __init__.__module__, __init__.__qualname__ = init.__module__, init.__qualname__
     return __init__

@@ -93,6 +93,12 @@ def measure_probe(
         must_see=True,
     )
     probe.run(model, measurement, measurement.expect)
+    declared = {score.name for score in probe.scores}
+    if unknown := sorted({name for site in measurement.sites.values() for name in site.scores} - declared):
+        raise AttentionMonitorError(
+            f"The probe {probe.name!r} scores {unknown[0]!r}, which is not among its scores; add "
+            f"HeadScore({unknown[0]!r}) to them."
+        )
     columns = [*map(column_of, statistics), *probe.scores]
     return build_snapshot(step, probe.name, measurement.sites, columns, None if measurement.pooled else probe.labels)
 

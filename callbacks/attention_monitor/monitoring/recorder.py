@@ -13,7 +13,7 @@ from ..diagnosis.roles import HeadRoles
 from ..diagnosis.runner import Diagnosis
 from ..errors import AttentionMonitorError, AttentionWarning, NoAttentionError, Once, is_whole
 from ..snapshots import Snapshot
-from ..statistics.catalogue import resolve_statistics
+from ..statistics.catalogue import STATISTICS, resolve_statistics
 from ..statistics.sites import build_snapshot, column_of
 from ..writers import tags
 from ..writers.sinks import sinks_for
@@ -29,8 +29,8 @@ class AttentionRecorder:
     At step 0 and every ``every_n_steps`` steps it takes per-head statistics of what the model does in the context, runs
     the probes before it, writes both and warns when a head is in trouble. In the other steps the context does nothing.
 
-    A loop that cannot put its forward into one context says itself when a step begins and ends: ``begin``, then
-    ``start`` and ``end_forward`` or the context ``watch``, then ``finish`` or ``abort``. So do the callbacks.
+    A loop that cannot put its forward into one context says itself when a step begins and ends, as the callbacks do:
+    ``begin`` and ``end_forward``, or ``prepare`` and the context ``watch_forward``; then ``finish`` or ``abort``.
 
     Example:
         >>> import torch
@@ -59,10 +59,16 @@ class AttentionRecorder:
                 "all_ranks=True needs torch.distributed's process group: call init_process_group() before, or leave it "
                 "out."
             )
-        self.model, self.options, self.every_n_steps = model, options, options.every_n_steps
+        self.model, self._options, self.every_n_steps = model, options, options.every_n_steps
         self.is_rank_zero = not options.all_ranks or dist.get_rank() == 0
         self.snapshots: dict[str, Snapshot] = {}
         self.diagnosis = Diagnosis()
+        for detector in self.diagnosis.detectors:
+            if unknown := [name for name in detector.statistics if name not in STATISTICS]:
+                raise AttentionMonitorError(
+                    f"The detector {type(detector).__name__} reads a statistic {unknown[0]!r}, which there is not; "
+                    f"known are {', '.join(sorted(STATISTICS))}."
+                )
         self._once = Once()
         written = options.resolved_statistics
         self._written = [statistic.name for statistic in written]
@@ -99,13 +105,13 @@ class AttentionRecorder:
             raise AttentionMonitorError(f"step() takes the number of optimizer steps done so far, got {step!r}.")
         if self._closed:
             raise AttentionMonitorError("This AttentionRecorder has been closed; make another one.")
-        if not self.options.is_due(step) or step == self._sampled_step:  # of several batches in a step, the first
+        if not self._options.is_due(step) or step == self._sampled_step:  # of several batches in a step, the first
             self._step = step
             yield
             return
-        self.begin(step, precision)
+        self.prepare(step, precision)
         try:
-            with self.watch():
+            with self.watch_forward():
                 yield
         except BaseException:
             self.abort()
@@ -133,7 +139,21 @@ class AttentionRecorder:
         self._probes.check(precision)
 
     def begin(self, step: int, precision: AbstractContextManager[Any] | None = None, *, is_last: bool = False) -> None:
-        """Begin a sampled step: run the probes that are due, and be ready to watch the model.
+        """Begin a sampled step: run the probes that are due, then watch what the model does from here on.
+
+        Args:
+            step: number of optimizer steps done so far.
+            precision: context in which the probes are run.
+            is_last: whether no step follows, so that all probes are due.
+        """
+        self.prepare(step, precision, is_last=is_last)
+        assert self._live is not None
+        self._live.__enter__()
+
+    def prepare(
+        self, step: int, precision: AbstractContextManager[Any] | None = None, *, is_last: bool = False
+    ) -> None:
+        """Run the probes that are due, and be ready to ``watch_forward``.
 
         Args:
             step: number of optimizer steps done so far.
@@ -146,17 +166,13 @@ class AttentionRecorder:
         self._live = Measurement(
             self.model,
             self._statistics,
-            max_sequences=self.options.max_sequences,
-            max_tokens=self.options.max_tokens,
+            max_sequences=self._options.max_sequences,
+            max_tokens=self._options.max_tokens,
             with_patterns=not self._probes.draws,
-            sites=self.options.site_patterns,
+            sites=self._options.site_patterns,
             once=self._once,
+            compare_weights=self._options.all_ranks and self._once.is_new("weights", "compared"),
         )
-
-    def start(self) -> None:
-        """Watch what the model does from here on."""
-        assert self._live is not None, "begin() comes first"
-        self._live.__enter__()
 
     def end_forward(self) -> None:
         """Stop watching; goes on if there was no attention yet: this may be the backward of another part."""
@@ -164,9 +180,9 @@ class AttentionRecorder:
             self._live.stop()
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
+    def watch_forward(self) -> Iterator[None]:
         """Watch what happens in the context."""
-        assert self._live is not None, "begin() comes first"
+        assert self._live is not None, "prepare() comes first"
         with self._live:
             yield
 
@@ -184,7 +200,7 @@ class AttentionRecorder:
         assert live is not None, "begin() comes first"
         self.abort()
         self._keep_probed(self._probed)  # not before: drawing would compete with the step
-        sites = live.sites_of_all_ranks() if self.options.all_ranks else live.sites
+        sites = live.sites_of_all_ranks() if self._options.all_ranks else live.sites
         if not sites:
             if not self.snapshots:
                 self._require_attention(live)

@@ -1,7 +1,5 @@
 """What a callback keeps of a run, beyond its recorder."""
 
-from typing import Any
-
 from ..diagnosis.roles import HeadRoles
 from ..snapshots import Snapshot
 
@@ -14,17 +12,14 @@ class RunRecord:
         latest: newest live Snapshot; None before there is one.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.forget()
+    first: Snapshot | None
+    latest: Snapshot | None
+    _roles: HeadRoles
 
-    def forget(self) -> None:
-        """Begin another run."""
-        self.first: Snapshot | None = None
-        self.latest: Snapshot | None = None
-        self._roles = HeadRoles()
+    def _begin_run(self) -> None:
+        self.first, self.latest, self._roles = None, None, HeadRoles()
 
-    def keep(self, seen: Snapshot | None) -> None:
+    def _keep(self, seen: Snapshot | None) -> None:
         """Take in what a sampled step has given; None: it had no attention."""
         self.latest = seen or self.latest
         self.first = self.first or seen

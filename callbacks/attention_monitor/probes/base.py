@@ -32,6 +32,10 @@ class ProbeBatch:
     Attributes:
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         score: function that scores a self-attention call on it: name -> (n, H), to be averaged over n and batches.
+
+    Example:
+        >>> batch = ProbeBatch(torch.tensor([[3, 1, 4]]), lambda call: {"weight": call.pattern().mean((2, 3))})
+        >>> batch.run(nn.Embedding(5, 2), torch.device("cpu"))
     """
 
     inputs: Any
@@ -62,6 +66,13 @@ class EncodedProbe:
         with_statistics: whether the statistics that are taken of training are taken of it too.
         every: sampled steps from one run to the next.
         with_layers: whether layers are measured as a whole too.
+
+    Example:
+        >>> from attention_monitor import capture
+        >>> model = nn.TransformerEncoderLayer(4, 2, batch_first=True)
+        >>> probe = EncodedProbe("zeros", [ProbeBatch(torch.zeros(1, 3, 4), lambda call: {})])
+        >>> [call.site for call in probe.run(model, capture(model))]
+        ['self_attn']
     """
 
     name: str

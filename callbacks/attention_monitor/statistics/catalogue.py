@@ -125,7 +125,8 @@ def future_mass(rows: Rows) -> Tensor:
 @statistic(unit="1", range="0..1", self_attention_only=True)
 def past_mass(block: RowBlock) -> Tensor:
     """Weight on earlier tokens, sum_j p_ij for j < i."""
-    return block.position_weights.masked_fill(block.key_pos >= block.query_pos[:, None], 0).sum(-1)
+    earlier = block.position_weights.masked_fill(block.key_pos >= block.query_pos[:, None], 0).sum(-1)
+    return where_finite(earlier, block.entropy)
 
 
 @statistic(unit="fraction of rows", range="0..1", rows="not_padded", needs=[])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..capturing.attention_call import AttentionCall
+from ..errors import AttentionMonitorError
 from ..naming import in_order
 from ..snapshots import Column, HeadScore, SiteRecord, Snapshot
 from .registry import Statistic
@@ -40,8 +41,17 @@ class SiteMeasurement:
         self.rollout: Tensor | None = None
 
     def add(self, call: AttentionCall, score: Callable[[AttentionCall], dict[str, Tensor]] | None = None) -> None:
-        """Measure a call, and score it."""
+        """Measure a call, and score it.
+
+        Raises:
+            AttentionMonitorError: when a score is not (n, H).
+        """
         for name, values in score(call).items() if score is not None and call.has_positions else ():
+            if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] != self.n_heads:
+                got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+                raise AttentionMonitorError(
+                    f"The score {name!r} must be (n, {self.n_heads}), numbers of heads, got {got}."
+                )
             self.scores[name].append(values)
         self.totals.add(call)
 

@@ -15,8 +15,23 @@ class Sink(ABC):
     """Somewhere to write to. Subclasses register themselves; the newest is asked first what it writes to.
 
     Attributes:
-        in_background: whether scalars may be written from the writer's thread.
+        in_background: whether its methods may be called on the writer's thread; False: on that of training alone.
         takes_images: whether pictures are worth drawing.
+
+    Example:
+        >>> class Memory:
+        ...     seen = {}
+        >>> class MemorySink(Sink):
+        ...     @classmethod
+        ...     def for_logger(cls, logger):
+        ...         return cls() if isinstance(logger, Memory) else None
+        ...
+        ...     def scalars(self, values, step):
+        ...         Memory.seen[step] = values
+        >>> sinks_for([Memory()])[0].scalars({"attention_entropy/mean": 1.5}, 0)
+        >>> Memory.seen
+        {0: {'attention_entropy/mean': 1.5}}
+        >>> SINKS.remove(MemorySink)
     """
 
     in_background: bool = False  # most loggers are not made for threads
@@ -127,8 +142,18 @@ def sinks_for(log_to: Any) -> list[Sink]:
     if log_to is None:
         return []
     for kind in SINKS:
-        if (sink := kind.for_logger(log_to)) is not None:
+        try:
+            sink = kind.for_logger(log_to)
+        except Exception as error:
+            raise AttentionMonitorError(
+                f"{kind.__name__}.for_logger failed for {log_to!r}: {type(error).__name__}: {error}; it is a class "
+                "method that returns a sink, or None for a logger of another kind."
+            ) from error
+        if isinstance(sink, Sink):
             return [sink]
+        if sink is not None:
+            raise AttentionMonitorError(f"{kind.__name__}.for_logger returns a Sink or None, got {sink!r}.")
     raise AttentionMonitorError(
-        f"Nothing can be logged to {log_to!r}: give a folder, a SummaryWriter, a Lightning logger, or a list."
+        f"Nothing can be logged to {log_to!r}: give a folder, a SummaryWriter, a Lightning logger, or a list; for a "
+        "logger of another kind there is attention_monitor.Sink."
     )

@@ -32,7 +32,7 @@ class Writer:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attention-monitor")
         self._pending: deque[Future[None]] = deque()
         self._failures: deque[str] = deque()
-        self._drawn: deque[tuple[Sink, str, np.ndarray, int]] = deque()  # for sinks that are not for threads
+        self._later: deque[tuple[Callable[..., None], Any]] = deque()  # calls of sinks that are not for threads
         self._once = Once()
         self._figures: dict[str, tuple[Any, Any]] = {}
         self._layout: dict[str, dict[str, list[str]]] = {}
@@ -57,7 +57,7 @@ class Writer:
 
     def _write_text(self, tag: str, markdown: str, step: int) -> None:
         for sink in self.sinks:
-            self._attempt(sink.text, tag, markdown, step)
+            self._call(sink, sink.text, tag, markdown, step)
 
     def flush(self) -> None:
         """Wait until everything is written; failures are warned about."""
@@ -77,11 +77,18 @@ class Writer:
         except Exception as error:
             self._failures.append(f"{type(error).__name__}: {error}")
 
+    def _call(self, sink: Sink, work: Callable[..., None], *args: Any) -> None:
+        """Call a method of a sink on this thread if it may be, and on the caller's thread later if not."""
+        if sink.in_background:
+            self._attempt(work, *args)
+        else:
+            self._later.append((work, args))
+
     def _report(self) -> None:
-        """Hand on what was drawn, and warn of failures: on the caller's thread."""
-        while self._drawn:
-            sink, *image = self._drawn.popleft()
-            self._attempt(sink.image, *image)
+        """Do what is not for the writer's thread, and warn of failures."""
+        while self._later:
+            work, args = self._later.popleft()
+            self._attempt(work, *args)
         while self._failures:
             message = self._failures.popleft()
             self._once.warn("failure", message, f"AttentionMonitor could not write: {message}", stacklevel=3)
@@ -92,17 +99,14 @@ class Writer:
             if values and sink.in_background:
                 self._attempt(sink.scalars, values, snapshot.step)
             if layout != self._layout:  # the newest one counts, so that it has to have everything
-                self._attempt(sink.layout, layout)
+                self._call(sink, sink.layout, layout)
         self._layout = layout
         takers = [sink for sink in self.sinks if sink.takes_images]
         for tag, pixels in ((takers and self._attempt(self._draw, snapshot)) or {}).items():
             for sink in takers:
-                if sink.in_background:
-                    self._attempt(sink.image, tag, pixels, snapshot.step)
-                else:
-                    self._drawn.append((sink, tag, pixels, snapshot.step))
+                self._call(sink, sink.image, tag, pixels, snapshot.step)
         for sink in self.sinks:
-            self._attempt(sink.flush)
+            self._call(sink, sink.flush)
 
     def _draw(self, snapshot: Snapshot) -> dict[str, np.ndarray]:
         """Draw all pictures of a snapshot: tag -> pixels."""

@@ -210,8 +210,8 @@ def test_heads_that_are_split_over_processes_are_refused(found, mesh, case):
     for sites, said, error, _ in found[mesh][case]:
         assert sites == {}
         assert said == [
-            f"attention_monitor could not look at a call of blocks.{i}.attn.core: {SPLIT}; leave it out with sites=, "
-            "or watch a run without tensor parallelism"
+            f"attention_monitor could not look at a call of blocks.{i}.attn.core: {SPLIT}; it is left out: "
+            "watch a run without tensor parallelism to see it"
             for i in range(2)
         ]
         assert error.startswith("No attention call can be looked at in ")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from attention_monitor import STATISTICS
+from attention_monitor import STATISTICS, AttentionMonitorError, Detector
 from attention_monitor.diagnosis.detector import DETECTORS
 from attention_monitor.diagnosis.roles import HeadRoles
 from attention_monitor.diagnosis.runner import Diagnosis
@@ -110,3 +110,75 @@ def test_roles_can_be_saved_and_shown():
     other.load(json.loads(json.dumps(roles.state())))
     assert other.since() == roles.since()
     assert other.table().splitlines()[2:] == ["| L00H00 | previous-token | 5 |"]
+
+
+def healthy_detector(**changed):
+    """A class statement, with some of its attributes changed or left out."""
+    attributes = {
+        "kind": "k",
+        "severity": "warning",
+        "statistics": ("max_score",),
+        "advice": "Do something.",
+        "look": lambda self, snapshot: iter(()),
+    }
+    attributes = {name: value for name, value in (attributes | changed).items() if value is not None}
+    return type("Mine", (Detector,), attributes | {"__module__": "mine"})
+
+
+@pytest.fixture
+def registry():
+    before = list(DETECTORS)
+    yield DETECTORS
+    DETECTORS[:] = before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kind": None}, "Mine needs kind, a text"),
+        ({"advice": None}, "Mine needs advice, a text"),
+        ({"advice": 3}, "Mine needs advice, a text"),
+        ({"severity": None}, "Mine needs severity, 'error' or 'warning'"),
+        ({"severity": "fatal"}, "Mine needs severity"),
+        ({"statistics": None}, "Mine needs statistics, the names"),
+        ({"statistics": "max_score"}, r"such as \('max_score',\); got 'max_score'"),
+        ({"kind": "collapsed attention"}, "a detector of 'collapsed attention' already, Collapsed"),
+    ],
+)
+def test_a_detector_that_lacks_something_is_refused_when_it_is_defined(registry, changed, message):
+    with pytest.raises(AttentionMonitorError, match=message):
+        healthy_detector(**changed)
+    assert "Mine" not in [cls.__name__ for cls in registry]
+
+
+def test_a_base_for_detectors_is_none_and_one_that_is_defined_anew_takes_its_place(registry):
+    n = len(registry)
+    type("Base", (Detector,), {})
+    healthy_detector()
+    second = healthy_detector()
+    assert len(registry) == n + 1
+    assert registry[-1] is second
+
+
+@pytest.mark.parametrize(
+    ("look", "message"),
+    [
+        (lambda self, snapshot: 1 / 0, "the detector of k failed at step 3: ZeroDivisionError"),
+        (lambda self, snapshot: [None], r"failed at step 3: TypeError: look\(\) has to yield findings, got None"),
+        (lambda self, snapshot: None, "failed at step 3: TypeError"),
+    ],
+)
+def test_a_detector_that_fails_is_told_once_and_the_others_go_on(registry, look, message):
+    healthy_detector(look=look)
+    diagnosis = Diagnosis()
+    with pytest.warns(UserWarning, match=message) as said:
+        found = diagnosis.update(snapshot(3, nonfinite_fraction=1.0))
+        diagnosis.update(snapshot(4))
+    assert [finding.head for finding in found] == ["L01H02"]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("cls", DETECTORS, ids=lambda cls: cls.__name__)
+def test_every_detector_can_look_at_what_it_names(cls):
+    columns = {name: [0.5] for name in cls.statistics}
+    assert isinstance(list(cls().look(made_snapshot(0, "live", [columns]))), list)

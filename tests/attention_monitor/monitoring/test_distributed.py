@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,49 +96,59 @@ def test_no_data_anywhere_is_no_snapshot(tmp_path):
     assert json.loads((tmp_path / "0.json").read_text())[0] is None
 
 
-class SplitByHand(nn.Module):
-    """Attention of which each process computes one head, with weights of its own."""
+class ByHand(nn.Module):
+    """Attention of which each process computes two heads, and a layer of its own after it.
 
-    def __init__(self, seed):
+    Args:
+        seed: seed of what projects; on each process another one, it computes other heads.
+        core: whether the product is a module of its own.
+    """
+
+    class Core(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    def __init__(self, seed, core):
         super().__init__()
-        self.project, self.out = nn.Linear(8, 12), nn.Linear(4, 8)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter.data, generator=generator)
+        self.project, self.expert = nn.Linear(8, 24), nn.Linear(8, 8)
+        nn.init.normal_(self.project.weight.data, generator=torch.Generator().manual_seed(seed))
+        nn.init.normal_(self.expert.weight.data, generator=torch.Generator().manual_seed(dist.get_rank()))
+        self.attend = self.Core() if core else F.scaled_dot_product_attention
+        self.unused = nn.Parameter(torch.empty(8, 8, device="meta"))
 
     def forward(self, x):
-        q, k, v = (part.unsqueeze(1) for part in self.project(x).chunk(3, -1))  # (B, 1, T, 4)
-        out = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        dist.all_reduce(out.data)
-        return out
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+        return self.expert(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-def split_by_hand(rank, same, folder):
+def watch_by_hand(rank, options, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    recorder = AttentionRecorder(SplitByHand(0 if same else rank), 1, statistics=NAMES, all_ranks=True)
+    same, core = options
+    recorder = AttentionRecorder(ByHand(0 if same else rank, core), 1, statistics=NAMES, all_ranks=True)
     said = []
-    for step in range(2):
-        try:
-            with recorder.step(step), torch.no_grad():
-                recorder.model(torch.ones(2, 3, 8))
-        except AttentionMonitorError as error:
-            said.append(str(error))
+    try:
+        with recorder.step(0), torch.no_grad():
+            recorder.model(torch.ones(2, 3, 8))
+    except AttentionMonitorError as error:
+        said.append(str(error))
     recorder.close(complete=False)
     (Path(folder) / f"{rank}.json").write_text(json.dumps([said, list(recorder.snapshots)]))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["copies of one model", "other heads on each process"])
-def test_heads_of_other_weights_are_not_averaged(tmp_path, same):
-    mp.spawn(split_by_hand, (same, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("core", [True, False], ids=["in a core", "in one module"])
+@pytest.mark.parametrize("same", [True, False], ids=["the same heads", "other heads on each process"])
+def test_heads_of_other_weights_are_not_averaged_and_other_weights_elsewhere_do_not_matter(tmp_path, same, core):
+    mp.spawn(watch_by_hand, ((same, core), str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         said, sources = json.loads((tmp_path / f"{rank}.json").read_text())
         if same:
             assert (said, sources) == ([], ["live"])
         else:
-            assert "The weights of SplitByHand are not the same on all processes" in said[0]
-            assert "leave it out with sites=" in said[0]
+            [sentence] = said
+            assert re.match(r"The weights that make the queries of \w+ are not the same on all processes", sentence)
+            assert sentence.endswith("watch a run with data parallelism alone, or leave the monitor out.")
 
 
 TRAINING = """

@@ -65,7 +65,7 @@ def test_a_misspelt_option_is_named_with_those_there_are(make):
 
 @pytest.mark.parametrize("make", ENTRY_POINTS.values(), ids=ENTRY_POINTS)
 def test_options_may_be_given_by_position_too(make):
-    assert make(7, None, ["entropy"], 2, 64, "decoder.*").options.max_tokens == 64
+    assert make(7, None, ["entropy"], 2, 64, "decoder.*")._options.max_tokens == 64
 
 
 def test_a_single_text_pattern_or_name_may_stand_without_a_list():

@@ -475,3 +475,17 @@ def test_an_infinite_key_that_is_masked_and_does_no_harm_is_no_alarm():
         assert found["entropy"].isfinite()
     seen = summarize(make_call(q, k))
     assert seen["nonfinite_fraction"].item() == 1
+
+
+def test_the_oracle_has_every_statistic():
+    own = {name for name, stat in STATISTICS.items() if stat.function.__module__.startswith("attention_monitor.")}
+    assert own == set(NAMES)
+
+
+@pytest.mark.parametrize("name", [name for name, stat in STATISTICS.items() if stat.self_attention_only])
+def test_a_nan_in_any_row_is_seen_in_statistics_of_positions(name):
+    for row in range(3):
+        query = torch.randn(1, 1, 3, 4)
+        query[0, 0, row] = torch.nan
+        call = AttentionCall("a", query, torch.randn(1, 1, 3, 4), self_attention=True)
+        assert summarize(call, [name])[name].isnan().all() or (name == "previous_token" and row == 0)

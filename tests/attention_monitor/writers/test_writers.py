@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from attention_monitor import AttentionMonitorError
 from attention_monitor.snapshots import HeadScore
 from attention_monitor.writers.sinks import SINKS, LoggerSink, Sink, TensorBoardSink, sinks_for
 from attention_monitor.writers.tags import custom_scalars_layout, scalar_values
@@ -323,3 +324,44 @@ def test_maps_that_only_some_sites_have_are_drawn_with_their_own_labels(monkeypa
     writer.write(made_snapshot(0, "live", [{}, {}], columns=[], patterns=[None, np.eye(3)[None]]))
     writer.close()
     assert drawn == [["L01"]]
+
+
+def test_a_sink_that_is_not_for_threads_is_called_on_that_of_training_alone():
+    threads = {}
+
+    class Careful(ListSink):
+        in_background = False
+
+        def __getattribute__(self, name):
+            if name in ("scalars", "image", "text", "layout", "flush"):
+                return lambda *args: threads.setdefault(name, set()).add(threading.current_thread())
+            return super().__getattribute__(name)
+
+    writer = Writer([Careful()])
+    writer.write(snapshot(0))
+    writer.write(probe(0))
+    writer.write_text("attention_roles", "| a |", 0)
+    writer.close()
+    assert threads == {name: {threading.current_thread()} for name in ("scalars", "image", "text", "layout", "flush")}
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (classmethod(lambda cls, logger: 1 / 0), "Odd.for_logger failed for .*ZeroDivisionError"),
+        (classmethod(lambda cls, logger: True), "Odd.for_logger returns a Sink or None, got True"),
+        (lambda self, logger: None, "Odd.for_logger failed for .*it is a class method"),
+    ],
+)
+def test_a_faulty_sink_is_named(made, message):
+    kind = type("Odd", (Sink,), {"for_logger": made})
+    try:
+        with pytest.raises(AttentionMonitorError, match=message):
+            sinks_for(Logger())
+    finally:
+        SINKS.remove(kind)
+
+
+def test_what_nothing_can_be_logged_to_is_told_of_sinks():
+    with pytest.raises(AttentionMonitorError, match=r"Nothing can be logged to 3: .* there is attention_monitor\.Sink"):
+        sinks_for(3)

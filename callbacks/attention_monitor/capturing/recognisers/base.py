@@ -88,9 +88,17 @@ class Recogniser(ABC):
     reads: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
+        if cls.read is Recogniser.read:  # a base for others
+            return
         if "reads" not in vars(cls):
             cls.reads = cls.__name__
-        for function in cls.functions:
+        functions = getattr(cls, "functions", None)
+        if not isinstance(functions, tuple | list) or not functions:
+            raise AttentionMonitorError(
+                f"The recogniser {cls.__name__} needs functions, those whose calls it reads, such as (my_attention,); "
+                f"got {functions!r}."
+            )
+        for function in functions:
             RECOGNISERS[function] = cls
 
     def around(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
