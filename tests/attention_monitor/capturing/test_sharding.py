@@ -94,6 +94,17 @@ class MultiHead(nn.Module):
         return self.attn(query, key, key, need_weights=False)[0]
 
 
+class Wrap(nn.Module):
+    """What checkpointing and compiling put around a module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self._checkpoint_wrapped_module = inner
+
+    def forward(self, *inputs):
+        return self._checkpoint_wrapped_module(*inputs)
+
+
 class Attend(nn.Module):
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
@@ -136,6 +147,11 @@ def cases(mesh):
         fully_shard(model, mesh=mesh)
         return model
 
+    def wrapped(model):
+        for block in model.blocks:
+            block["attn"].core = Wrap(Wrap(block["attn"].core))
+        return model
+
     both = [columns | rows] * 2
     if tp.size() == 1:  # one process of tensor parallelism splits nothing
         yield "one rank", parallel(Model(), *both), Model()
@@ -144,6 +160,11 @@ def cases(mesh):
     else:
         yield "separate", parallel(Model(), *both), Model()
         yield "with mlp", parallel(Model(), *[columns | rows | mlp] * 2), Model()
+        yield "wrapped core", wrapped(parallel(Model(), *both)), Model()
+        gathered = {name: ColwiseParallel(output_layouts=Replicate()) for name in columns}
+        yield "gathered", parallel(Model(), gathered, gathered), Model()
+        fused = {"attn.qkv": ColwiseParallel(output_layouts=Replicate())}
+        yield "gathered, fused", parallel(Model(Fused), fused, fused), Model(Fused)
         yield "fused", parallel(Model(Fused), *[{"attn.qkv": ColwiseParallel()} | rows] * 2), Model(Fused)
         yield "transposed", parallel(Model(Transposed), *both), Model(Transposed)
         yield "written out", parallel(Model(written=True), *both), Model(written=True)
@@ -202,6 +223,7 @@ SPLIT = "heads are split over 2 processes (tensor parallelism over 'tp'), and nu
         ("tp", "fused"),
         ("tp", "transposed"),
         ("tp", "written out"),
+        ("tp", "wrapped core"),
         ("both", "separate"),
         ("both", "dp x tp"),
     ],
@@ -226,6 +248,8 @@ def test_heads_that_are_split_over_processes_are_refused(found, mesh, case):
     [
         ("tp", "output projection"),
         ("tp", "mlp"),
+        ("tp", "gathered"),
+        ("tp", "gathered, fused"),
         ("dp", "one rank"),
         ("dp", "fsdp, blocks"),
         ("dp", "fsdp, each linear"),
