@@ -204,7 +204,7 @@ class Capture(TorchFunctionMode):
             self.refused.setdefault(path, split)
             self._warn(path, f"{split}; it is left out: watch a run without tensor parallelism to see it")
             return
-        if self._weights is not None:
+        if self._weights is not None and path not in self.weights:  # a process may call a module more often
             self.weights[path] = self._weights.sample(call, self._modules.frames)
         self.sites[path] = max(self.sites.get(path, 0), index + 1)
         with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
