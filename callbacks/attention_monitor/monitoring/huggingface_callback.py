@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .options import Options, takes
+from .options import HasOptions, Options, takes
 from .recorder import AttentionRecorder
 from .run_record import RunRecord
 
@@ -36,7 +36,7 @@ class TrainerOptions(Options):
     log_to: Any = None
 
 
-class AttentionTrainerCallback(RunRecord, TrainerCallback):
+class AttentionTrainerCallback(HasOptions, RunRecord, TrainerCallback):
     """Does for Hugging Face's ``Trainer`` what ``AttentionMonitor`` does for Lightning's.
 
     At step 0, every ``every_n_steps`` optimizer steps and at the last step; under gradient accumulation the first
@@ -65,7 +65,7 @@ class AttentionTrainerCallback(RunRecord, TrainerCallback):
     @takes(TrainerOptions)
     def __init__(self, options: TrainerOptions) -> None:
         self._begin_run()
-        self._options, self.every_n_steps, self.log_to = options, options.every_n_steps, options.log_to
+        self._options, self.log_to = options, options.log_to
         self._recorder: AttentionRecorder | None = None
         self._sampling = ExitStack()
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .options import Options, takes
+from .options import HasOptions, Options, takes
 from .recorder import AttentionRecorder
 from .run_record import RunRecord
 
@@ -44,7 +44,7 @@ else:
     )
 
 
-class AttentionMonitor(RunRecord, _Callback):
+class AttentionMonitor(HasOptions, RunRecord, _Callback):
     """Watches every attention head while a model trains.
 
     At step 0, every ``every_n_steps`` optimizer steps and at the last step it takes per-head statistics of the real
@@ -76,7 +76,6 @@ class AttentionMonitor(RunRecord, _Callback):
     def __init__(self, options: Options) -> None:
         self._begin_run()
         self._options = options
-        self.every_n_steps = options.every_n_steps
         self.probe = options.probes
         self.statistics = [statistic.name for statistic in options.resolved_statistics]
         self._recorder: AttentionRecorder | None = None

@@ -7,7 +7,7 @@ here and nothing else.
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .. import probes
@@ -111,6 +111,21 @@ class RecorderOptions(Options):
     tokenizer: Any = None
     all_ranks: bool = False
     roles: HeadRoles | None = None
+
+
+class HasOptions:
+    """Something that was made with options, of which the interval may be changed later."""
+
+    _options: Options
+
+    @property
+    def every_n_steps(self) -> int:
+        """Optimizer steps from one sample to the next."""
+        return self._options.every_n_steps
+
+    @every_n_steps.setter
+    def every_n_steps(self, n: int) -> None:
+        self._options = replace(self._options, every_n_steps=n)
 
 
 def _require_distinct_probes(probes: Sequence[Probe]) -> None:

@@ -19,11 +19,11 @@ from ..writers import tags
 from ..writers.sinks import sinks_for
 from ..writers.writer import Writer
 from .measuring import Measurement
-from .options import RecorderOptions, takes_after_one
+from .options import HasOptions, RecorderOptions, takes_after_one
 from .probing import ProbeRunner, require_module
 
 
-class AttentionRecorder:
+class AttentionRecorder(HasOptions):
     """Watches every attention head in a training loop of your own.
 
     At step 0 and every ``every_n_steps`` steps it takes per-head statistics of what the model does in the context, runs
@@ -51,6 +51,8 @@ class AttentionRecorder:
         AttentionMonitorError: on an option that makes no sense.
     """
 
+    _options: RecorderOptions
+
     @takes_after_one(RecorderOptions)
     def __init__(self, model: nn.Module, options: RecorderOptions) -> None:
         require_module(model, "AttentionRecorder watches")
@@ -59,7 +61,7 @@ class AttentionRecorder:
                 "all_ranks=True needs torch.distributed's process group: call init_process_group() before, or leave it "
                 "out."
             )
-        self.model, self._options, self.every_n_steps = model, options, options.every_n_steps
+        self.model, self._options = model, options
         self.is_rank_zero = not options.all_ranks or dist.get_rank() == 0
         self.snapshots: dict[str, Snapshot] = {}
         self.diagnosis = Diagnosis()

@@ -94,3 +94,13 @@ def test_a_new_option_is_one_field():
     assert Recorder("model", 5, colour="red").options == More(5, colour="red")
     assert Recorder(model="model").model == "model"
     assert list(inspect.signature(Callback).parameters) == [*NAMES, "colour"]
+
+
+@pytest.mark.parametrize("make", ENTRY_POINTS.values(), ids=ENTRY_POINTS)
+def test_the_interval_may_be_changed_later_and_is_checked_then_too(make):
+    watcher = make(10)
+    watcher.every_n_steps = 3
+    assert watcher.every_n_steps == 3
+    assert [step for step in range(8) if watcher._options.is_due(step)] == [0, 3, 6]
+    with pytest.raises(AttentionMonitorError, match="every_n_steps must be at least 1, got 0"):
+        watcher.every_n_steps = 0
