@@ -76,6 +76,7 @@ class SiteRecord:
         pattern: (H, Q, K) of one sequence, possibly pooled; None where it was not asked for.
         layer_values: numbers of the layer as a whole, from a ``LayerProbe``.
         rollout: (T, T), attention rollout up to this layer, from a ``LayerProbe``; None elsewhere.
+        note: what has to be known to read its numbers, in a sentence's words; empty where nothing has.
     """
 
     label: str
@@ -86,6 +87,7 @@ class SiteRecord:
     pattern: np.ndarray | None = None
     layer_values: Mapping[str, float] = field(default_factory=dict)
     rollout: np.ndarray | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head dimensions, R rows of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -12,14 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import AttentionMonitorError
 from .masks import last_visible, mask_limit, padding_of, rows_of, visible_by
+
+
+class NotUnderstoodError(AttentionMonitorError):
+    """An attention call in a form that no recogniser reads; the message is the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """What one attention call of a model worked with, detached from its graph.
 
-    Either ``query`` and ``key`` are known, or the model computed its scores itself: ``model_scores``.
+    Either ``query`` and ``key`` are known, or the model computed its scores itself: ``model_scores``; or it made other
+    weights of them: ``model_weights``.
+
+    B counts sequences: ``windows`` of each sample of the batch, one sample after the other.
 
     Attributes:
         site: path of the module that made the call, with ``[i]`` when it makes several in one forward.
@@ -33,11 +42,21 @@ class AttentionCall:
         mask_mod: function of the number of the first row and that of the row after the last; returns which keys these
             rows may see: bool, broadcastable to (B, H, R, K).
         model_scores: scores (B, H, Q, K + n_sinks) that the model gave to its softmax.
+        model_weights: weights (B, H, Q, K) that the model multiplied its values with, where it mixed those of several
+            heads: they may be negative, and rows need not sum to 1.
         n_sinks: number of last columns of the scores that are not positions: learned sinks, the keys that
             ``add_bias_kv`` and ``add_zero_attn`` append. They take their share of the softmax.
         sinks_in_pattern: whether the model keeps those columns, so that they are columns of the pattern too.
         self_attention: whether queries and keys come from the same sequence; None: not known.
         value: values (B, H_kv, K, D_v), where known.
+        windows: sequences of each sample: windows of an image, rows or columns of a table.
+        over: what keys are. ``tokens``; ``neighbours``, which every query has of its own; ``channels``, that is
+            features, in cross-covariance attention.
+        query_positions: (Q,) position of each query among the keys of a self-attention; None: the first query is at
+            the first key, or the last one at the last key that it may see.
+        positions_known: whether it is known where the queries of a self-attention are among its keys.
+        with_gradients: whether the model recorded gradients: a training forward, and no rollout or sampling beside it.
+        assumed: what was taken for granted of its axes, in words; None: all of them were seen to be made.
 
     Example:
         >>> x = torch.randn(2, 4, 5, 8)  # (B, H, T, D)
@@ -55,21 +74,33 @@ class AttentionCall:
     score_mod: Callable[[Tensor, int], Tensor] | None = None
     mask_mod: Callable[[int, int], Tensor] | None = None
     model_scores: Tensor | None = None
+    model_weights: Tensor | None = None
     n_sinks: int = 0
     sinks_in_pattern: bool = False
     self_attention: bool | None = None
     value: Tensor | None = None
+    windows: int = 1
+    over: Literal["tokens", "neighbours", "channels"] = "tokens"
+    query_positions: Tensor | None = None
+    positions_known: bool = True
+    with_gradients: bool = True
+    assumed: str | None = None
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, Q, K) of the pattern."""
-        if self.model_scores is not None:
-            B, H, Q, columns = self.model_scores.shape
+        if (given := self.model_scores if self.model_weights is None else self.model_weights) is not None:
+            B, H, Q, columns = given.shape
         else:
             assert self.query is not None
             assert self.key is not None
             (B, H, Q, _), columns = self.query.shape, self.key.shape[2]
         return B, H, Q, columns if self.sinks_in_pattern else columns - self.n_sinks
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples of the batch, of ``windows`` sequences each."""
+        return self.shape[0] // max(1, self.windows)
 
     @property
     def n_positions(self) -> int:
@@ -94,7 +125,23 @@ class AttentionCall:
     @property
     def has_positions(self) -> bool:
         """Whether queries have positions among the keys: in self-attention, unless the keys have been pooled."""
-        return self.is_self_attention and self.n_positions >= self.shape[2]
+        if not self.is_self_attention or self.over == "channels" or not self.positions_known:
+            return False
+        return self.query_positions is not None or (self.over == "tokens" and self.n_positions >= self.shape[2])
+
+    @property
+    def note(self) -> str:
+        """What has to be known to read the numbers of the call, in a sentence's words; empty where nothing has."""
+        notes = [self.assumed] if self.assumed else []
+        if self.over == "channels":
+            notes.append("queries and keys are channels, so that there are no positions")
+        if self.over == "neighbours":
+            notes.append("every query has keys of its own")
+        if self.over == "tokens" and self.self_attention and not self.positions_known:
+            notes.append("where its queries are among its keys is not known")
+        if self.model_weights is not None:
+            notes.append("its weights are mixed across heads after the softmax, and are no distribution")
+        return "; ".join(notes)
 
     def nonfinite(self, which: Literal["query", "key", "value"]) -> Tensor:
         """Mark vectors with NaN or infinity: 1 there, else 0, (B, H, Q or K); NaN where the vectors are not known."""
@@ -123,22 +170,54 @@ class AttentionCall:
         The last row is taken to be at the last key that it may see.
         """
         Q = self.shape[2]
+        if self.query_positions is not None:
+            return int(self.query_positions[0]) if Q else 0
         if not self.is_self_attention or self.is_causal or self.n_positions == Q or Q == 0:
             return 0
         visible = self.visible(Q - 1, Q)
         last = None if visible is None else last_visible(visible[..., : self.n_positions])
         return max(0, (self.n_positions - 1 if last is None else last) - (Q - 1))
 
-    def first_sequences(self, n: int) -> "AttentionCall":
-        """Return the same call on the first ``n`` sequences only."""
+    @cached_property
+    def positions_are_a_run(self) -> bool:
+        """Whether each query lies one position after the one before."""
+        positions = self.query_positions
+        return positions is None or bool((positions.diff() == 1).all())
+
+    def positions_of(self, row: Tensor) -> Tensor:
+        """Return the position among the keys of some query rows, (R,)."""
+        if self.query_positions is None:
+            return row + self.query_offset
+        return self.query_positions.to(row.device)[row]
+
+    def sequences(self, chosen: slice | Tensor) -> "AttentionCall":
+        """Return the same call on some of its B sequences only, each taken for a sample of its own.
+
+        Of a call with a ``score_mod`` or ``mask_mod`` these have to be the first ones.
+        """
+        B = self.shape[0]
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[0] == 1 < B else x[chosen]
+
         return replace(
             self,
-            query=None if self.query is None else self.query[:n],
-            key=None if self.key is None else self.key[:n],
-            value=None if self.value is None else self.value[:n],
-            mask=self.mask[:n] if self.mask is not None and self.mask.shape[0] > 1 else self.mask,
-            model_scores=None if self.model_scores is None else self.model_scores[:n],
+            query=of(self.query),
+            key=of(self.key),
+            value=of(self.value),
+            mask=of(self.mask),
+            model_scores=of(self.model_scores),
+            model_weights=of(self.model_weights),
+            windows=1,
         )
+
+    def first_sequences(self, n: int) -> "AttentionCall":
+        """Return the same call on the first ``n`` sequences only."""
+        return self.sequences(slice(0, n))
+
+    def first_samples(self, n: int) -> "AttentionCall":
+        """Return the same call on the first ``n`` samples only, each with all of its windows."""
+        return replace(self.sequences(slice(0, n * self.windows)), windows=self.windows)
 
     def scores(
         self, start: int, stop: int, out: Tensor | None = None, hidden: float = -torch.inf
@@ -157,6 +236,9 @@ class AttentionCall:
                 Keys masked by a number (-1e9, finfo.min) have that added to their score.
             allowed: which keys a row may see: bool, broadcastable to ``scores``.
         """
+        if self.model_weights is not None:
+            rows = self.model_weights[:, :, start:stop].to(self.compute_dtype).log()  # NaN where negative
+            return _at_least(hidden, rows, out), self._visible(start, stop)
         if self.model_scores is not None:
             rows = self.model_scores[:, :, start:stop]
             return _at_least(hidden, rows.to(self.compute_dtype), out), ~(rows <= self._limit)
@@ -194,14 +276,16 @@ class AttentionCall:
         out = q.new_empty(B * H * R * K) if out is None else out[: B * H * R * K]
         # the H / H_kv query heads that share a key head become more rows of one matrix product
         products = out.view(n, B * H * R // max(1, n), K)
-        torch.baddbmm(products, q.reshape(*products.shape[:2], D), k[:, :K].mT, beta=0, alpha=self.scale, out=products)
+        with _full_precision():
+            rows = q.reshape(*products.shape[:2], D)
+            torch.baddbmm(products, rows, k[:, :K].mT, beta=0, alpha=self.scale, out=products)
         return out.view(B, H, R, K)
 
     def pattern(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Compute the attention probabilities (B, H, Q, K) before dropout, float32 (float64 for a float64 model).
 
-        Rows sum to 1, or to less where a sink takes the rest. Rows that may see no key are 0, as
-        scaled_dot_product_attention makes them; NaN is left as it is.
+        Rows sum to 1, or to less where a sink takes the rest, or to anything where the model mixed heads. Rows that may
+        see no key are 0, as scaled_dot_product_attention makes them; NaN is left as it is.
 
         Args:
             start: first query row.
@@ -215,6 +299,8 @@ class AttentionCall:
                     [0.3333, 0.3333, 0.3333]])
         """
         K = self.shape[3]
+        if self.model_weights is not None:
+            return self.model_weights[:, :, start:stop].to(self.compute_dtype)
         scores, _ = self.scores(start, self.shape[2] if stop is None else stop)
         pattern = scores.softmax(-1).masked_fill_(scores.isneginf().all(-1, keepdim=True), 0)[..., :K]
         return F.pad(pattern, (0, K - pattern.shape[-1]))
@@ -225,6 +311,8 @@ class AttentionCall:
         Returns:
             visible: bool, broadcastable to (B, H, R, K).
         """
+        if self.model_weights is not None:
+            return self.model_weights[:, :, start:stop] != 0
         if self.model_scores is not None:
             return ~(self.model_scores[:, :, start:stop] <= self._limit)
         if self.mask_mod is not None:
@@ -235,9 +323,10 @@ class AttentionCall:
     def padded_queries(self) -> Tensor | None:
         """Rows of padding: bool, broadcastable to (B, H, Q); None where no mask of a self-attention shows any."""
         Q, K = self.shape[2], self.n_positions
-        if self.mask is None and self.mask_mod is None and self.model_scores is None:
+        has_mask = self.mask is not None or self.mask_mod is not None
+        if not has_mask and self.model_scores is None and self.model_weights is None:
             return None
-        if not self.is_self_attention or Q != K or Q == 0:
+        if not self.has_positions or Q != K or Q == 0 or not self.positions_are_a_run or self.query_offset != 0:
             return None
         return padding_of(self._visible, Q)
 
@@ -263,10 +352,25 @@ class AttentionCall:
 
     @property
     def query_or_scores(self) -> Tensor:
-        """The scores that the model computed itself, or else the queries."""
-        tensor = self.model_scores if self.model_scores is not None else self.query
+        """The scores or weights that the model computed itself, or else the queries."""
+        tensor = self.model_weights if self.model_scores is None else self.model_scores
+        tensor = self.query if tensor is None else tensor
         assert tensor is not None
         return tensor
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Multiply in float32, also where training has asked for less: its numbers are looked at here, not made."""
+    chosen = torch.get_float32_matmul_precision()
+    if chosen == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 def _at_least(lowest: float, scores: Tensor, out: Tensor | None) -> Tensor:

@@ -19,11 +19,13 @@ from ..discovery import load_modules
 from ..errors import NoAttentionError, Once
 from ..naming import final_site
 from . import recognisers
-from .attention_call import AttentionCall
+from .attention_call import AttentionCall, NotUnderstoodError
+from .loops import Loops
 from .nothing_captured import explain_left_out, explain_nothing_read, explain_refused
 from .provenance import Origins
-from .recognisers.base import RECOGNISERS, FunctionCall, NotUnderstoodError, Recogniser, name_of
-from .running_modules import RunningModules, may_take_fast_path
+from .recognisers.base import RECOGNISERS, FunctionCall, Recogniser, name_of
+from .roles import said_heads
+from .running_modules import RunningModules, looks_like_attention, may_take_fast_path
 from .sharding import ProjectionWeights, SplitProjections, may_be_sharded
 
 load_modules(recognisers)
@@ -44,7 +46,6 @@ class Capture(TorchFunctionMode):
         sample_weights: whether weights that make queries and keys are sampled, for processes to compare.
 
     Attributes:
-        sites: module path -> most calls seen in one forward, in the order of execution.
         left_out: module paths that match none of ``only``.
         not_understood: module path -> reason why a call of it was not understood.
         weights: module path -> bytes of some numbers of the weights that make its queries and keys.
@@ -61,7 +62,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.model, self.on_call, self.only = model, on_call, only
-        self.sites: dict[str, int] = {}
+        self._n_calls: dict[str, list[int]] = {}  # without gradients, and with them
         self.left_out: set[str] = set()
         self.not_understood: dict[str, str] = {}
         self.refused: dict[str, str] = {}
@@ -69,6 +70,7 @@ class Capture(TorchFunctionMode):
         self._weights = ProjectionWeights() if sample_weights else None
         self._once = Once() if once is None else once
         self._modules = RunningModules(model)
+        self._loops = Loops(self._emit, self._not_understood)
         self._origins = Origins()
         self._projections: SplitProjections | None = None
         instances = {kind: kind() for kind in RECOGNISERS.values()}
@@ -138,7 +140,8 @@ class Capture(TorchFunctionMode):
 
     def forward_ends(self) -> None:
         """Let the recognisers say what in this forward they have not understood."""
-        understood = set(self._modules.calls_in_forward)
+        self._end_loops()
+        understood = {path for path, _ in self._modules.calls_in_forward}
         for recogniser in self._instances:
             try:
                 found = list(recogniser.at_end_of_forward(understood))
@@ -146,6 +149,15 @@ class Capture(TorchFunctionMode):
                 found = [(self._modules.path, f"{type(error).__name__}: {error}")]
             for path, reason in found:
                 self._not_understood(path, reason)
+
+    def _end_loops(self) -> None:
+        paused, self._modules.paused = self._modules.paused, True  # what the observer calls is none of the model's
+        try:
+            self._loops.end()
+        except Exception as error:  # the model's own forward must go on
+            self._not_understood(self._modules.path, f"{type(error).__name__}: {error}")
+        finally:
+            self._modules.paused = paused
 
     def _run_slow_path(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         try:
@@ -191,14 +203,9 @@ class Capture(TorchFunctionMode):
             return
         if call is None:
             return
+        self._origins.note_attention(function_call.result)
         if torch._C._functorch.is_batchedtensor(call.query_or_scores):
             self._not_understood(path, "it runs inside torch.vmap")
-            return
-        index = self._modules.count_call()
-        if self.only is not None and not any(
-            fnmatchcase(name, pattern) for name in (path, f"{path}[{index}]") for pattern in self.only
-        ):
-            self.left_out.add(path)
             return
         if self._projections is not None and (split := self._projections.reason(call, self._modules.frames)):
             self.refused.setdefault(path, split)
@@ -206,19 +213,54 @@ class Capture(TorchFunctionMode):
             return
         if self._weights is not None and path not in self.weights:  # a process may call a module more often
             self.weights[path] = self._weights.sample(call, self._modules.frames)
-        self.sites[path] = max(self.sites.get(path, 0), index + 1)
-        with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
-            self.on_call(replace(call, site=f"{path}[{index}]"))
+        frame = self._modules.frames[-1].start
+        named = [frame.module for frame in self._modules.frames[-2:] if looks_like_attention(frame.module)]
+        notes = path, said_heads(reversed(named)), self._modules.is_inside
+        call = replace(call, with_gradients=torch.is_grad_enabled())
+        self._loops.add(path, frame, function_call.said_heads, call, function_call.clue, notes)
+
+    def _emit(self, path: str, call: AttentionCall, notes: tuple[str, int | None, bool]) -> None:
+        """Hand a whole call to the observer."""
+        of_module, said, inside = notes
+        if said is not None and said != call.shape[1] and of_module == path:
+            self._say(
+                path,
+                f"attention_monitor shows {call.shape[1]} heads in {path}, whose module says that it has {said}"
+                + (f": {call.assumed}." if call.assumed else "."),
+            )
+        index = self._modules.count_call(path, call.with_gradients, inside)
+        if self.only is not None and not any(
+            fnmatchcase(name, pattern) for name in (path, f"{path}[{index}]") for pattern in self.only
+        ):
+            self.left_out.add(path)
+            return
+        counted = self._n_calls.setdefault(path, [0, 0])
+        counted[call.with_gradients] = max(counted[call.with_gradients], index + 1)
+        try:
+            with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+                self.on_call(replace(call, site=f"{path}[{index}]"))
+        except Exception as error:  # the model's own forward must go on
+            self._not_understood(path, f"{type(error).__name__}: {error}")
 
     def _not_understood(self, path: str, reason: str) -> None:
         self.not_understood.setdefault(path, reason)
         self._warn(path, reason)
 
     def _warn(self, path: str, reason: str) -> None:
-        message = f"attention_monitor could not look at a call of {path}: {reason}"
-        self._once.warn("module", path, message, stacklevel=4)
+        self._say(path, f"attention_monitor could not look at a call of {path}: {reason}")
+
+    def _say(self, path: str, message: str) -> None:
+        self._once.warn("module", path, message, stacklevel=5)
 
     # What is asked afterwards
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """Module path -> most calls seen in one forward, in the order of execution.
+
+        Where some were made with gradients, those without are not counted.
+        """
+        return {path: with_gradients or without for path, (without, with_gradients) in self._n_calls.items()}
 
     @property
     def ran_whole(self) -> bool:

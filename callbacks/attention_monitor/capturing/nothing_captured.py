@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from ..naming import listed
-from .running_modules import ATTENTION_NAME, module_names
+from .running_modules import looks_like_attention, module_names
 
 _MOST_LISTED = 5
 
@@ -44,7 +44,7 @@ def explain_nothing_read(model: nn.Module, not_understood: Mapping[str, str], re
         names = [
             f"{name or name_of_model} ({type(module).__name__})"
             for module, name in module_names(model).items()
-            if ATTENTION_NAME.search(type(module).__name__)
+            if looks_like_attention(module)
         ]
         seen = f"modules that look like attention are {listed(names, _MOST_LISTED)}" if names else ""
         seen = seen or "no module in it looks like attention"

@@ -13,44 +13,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .axes import Layout, Source, SourceKind, axis_of, new_layout
+from .axis_rules import Step, layouts_of
+from .origin import Origin
 from .running_modules import Frame
-from .torch_functions import HARMLESS, KINDS, MAY_MIX_HEADS, Kind
-
-
-@dataclass(slots=True, eq=False)
-class Origin:
-    """How a tensor came about.
-
-    Attributes:
-        serial: number that grows with time; 0 for a tensor that was there before anything was seen.
-        parents: origins of the tensors it was computed from.
-        is_data: whether it depends on more than one weight: on data, or on several weights in turn.
-        is_known: whether it was made by a function that was seen, or is a weight.
-        is_projection: whether it is a product with a weight.
-        shape: shape of the tensor.
-        product: origins of the two tensors that the tensor is a product of. It stays their product when a bias or a
-            mask is added, when it is scaled, and when it is reshaped.
-        factors: origins of the two tensors that were multiplied entry by entry; the sum of the entries is a product.
-    """
-
-    serial: int
-    parents: tuple["Origin", ...] = ()
-    is_data: bool = True
-    is_known: bool = True
-    is_projection: bool = False
-    shape: Sequence[int] = ()
-    product: "tuple[Origin, Origin] | None" = None
-    factors: "tuple[Origin, Origin] | None" = None
+from .torch_functions import HARMLESS, KINDS, Kind
 
 
 class Attachment(Protocol):
     """What a recogniser attaches to a tensor, to find it again on what is computed from the tensor."""
 
-    def handed_on(self, tensor: Tensor, changed: bool) -> "Attachment | None":
-        """Return what a tensor gets that was computed from this one, other than by a product.
+    def handed_on(self, tensor: Tensor, layout: Layout, changed: bool) -> "Attachment | None":
+        """Return what a tensor gets that was computed from this one.
 
         Args:
             tensor: the tensor that was computed.
+            layout: what its axes are made of.
             changed: whether the function may have changed numbers, that is, is not HARMLESS.
         """
 
@@ -80,6 +58,9 @@ class Origins:
         self._buffers = {id(buffer) for buffer in buffers}
         self._serial = itertools.count(1)
         self._records: dict[int, _TensorRecord] = {}
+        self._sources: dict[Any, Source] = {}  # of axes that were made of others, by how
+        self._weights: dict[int, tuple[Callable[[], Tensor | None], Layout]] = {}
+        self.first: Source | None = None
 
     def next_serial(self) -> int:
         """Draw a serial number: larger than those of all tensors so far, smaller than those of all later ones."""
@@ -88,6 +69,42 @@ class Origins:
     def of(self, tensor: Tensor) -> Origin:
         """Return the origin of a tensor; one that no function was seen to make is data, unless it is a weight."""
         return self._record_of(tensor).origin
+
+    def is_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on data, and not on weights alone."""
+        return self._record_of(tensor).origin.is_data
+
+    def layout_of(self, tensor: Tensor) -> Layout:
+        """Return what the axes of a tensor are made of; each axis of one that comes from outside is a source."""
+        record = self._record_of(tensor)
+        if record is _WEIGHT:
+            known = self._weights.get(id(tensor))
+            if known is None or known[0]() is not tensor:
+                known = self._weights[id(tensor)] = (weakref.ref(tensor), new_layout(tensor.shape))
+            return known[1]
+        origin = record.origin
+        if origin.layout is None or len(origin.layout.axes) != tensor.dim():
+            kind = SourceKind.PLACES if origin.is_data else SourceKind.COPIES
+            if self.first is None and tensor.dim() > 1 and origin.is_data:
+                self.first = Source(tensor.shape[0])
+                rest = new_layout(tensor.shape[1:])
+                fixed = ((self.first, 0),) if tensor.shape[0] == 1 else ()
+                origin.layout = Layout((axis_of(self.first), *rest.axes), (*fixed, *rest.fixed))
+            else:
+                origin.layout = new_layout(tensor.shape, kind)
+        return origin.layout
+
+    def same_source(self, how: Any, make: Callable[[], Source]) -> Source:
+        """Return the source that was made in a way, or make it now: what is done twice gives the same.
+
+        Args:
+            how: what it was made of and how.
+            make: makes it.
+        """
+        source = self._sources.get(how)
+        if source is None:
+            source = self._sources[how] = make()
+        return source
 
     def attachment(self, tensor: Tensor) -> Any:
         """Return what was attached to a tensor, or to one that it was computed from; None if nothing was."""
@@ -101,7 +118,14 @@ class Origins:
         """Forget how the tensors that are still there were made: another forward has no use for it."""
         for record in self._records.values():
             origin = record.origin
-            origin.parents, origin.product, origin.factors, record.attachment = (), None, None, None
+            origin.parents, origin.layout, origin.factors, record.attachment = (), None, None, None
+        self._sources.clear()
+        self.first = None
+
+    def note_attention(self, result: Any) -> None:
+        """Note that something is the result of attention: what depends on it is of another depth of the model."""
+        for tensor in tensors_in((result,)):
+            self._record_of(tensor).origin.mixed = self.next_serial()
 
     def record(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any, inside: bool = True
@@ -124,25 +148,35 @@ class Origins:
         records = [self._record_of(tensor) for tensor in given]
         parents = tuple([record.origin for record in records])
         is_data = any(parent.is_data for parent in parents)
-        is_projection, product, factors = False, None, None
+        is_projection, factors = False, None
         kind = KINDS.get(func)
-        inherits = True
+        step = Step(func, args, kwargs, given, made, self)
+        layouts = layouts_of(step)
         if kind is not None:
-            is_data, is_projection, product, factors = _result_of(kind, parents, is_data)
-            inherits = kind is Kind.TIMES or kind is Kind.SUM
-            if is_projection and func in MAY_MIX_HEADS:
-                inherits = _keeps_rows_and_keys(given, made[0])
+            if kind is Kind.LAYER:
+                is_data = is_projection = True  # learned tokens, once they are projected, are as good as data
+            elif kind is Kind.PRODUCT and len(parents) >= 2:
+                is_projection = not (parents[-2].is_data and parents[-1].is_data)
+            elif len(parents) == 2 and parents[0].is_data and parents[1].is_data:
+                factors = tuple([(record.origin, self.layout_of(x)) for record, x in zip(records, given, strict=True)])
+        mixed = max([parent.mixed for parent in parents], default=0)
         attachment: Attachment | None = None
-        if inherits:
-            for record in records:
-                product = record.origin.product if product is None else product
-                attachment = record.attachment if attachment is None else attachment
-        for tensor in made:
-            origin = Origin(next(self._serial), parents, is_data, True, is_projection, tensor.shape, product, factors)
-            handed_on = None if attachment is None else attachment.handed_on(tensor, func not in HARMLESS)
+        for record in records:
+            attachment = record.attachment if attachment is None else attachment
+        for tensor, layout in zip(made, layouts, strict=True):
+            origin = Origin(
+                next(self._serial), parents, is_data, True, is_projection, tensor.shape, layout, factors, mixed
+            )
+            handed_on = None
+            if attachment is not None:
+                handed_on = attachment.handed_on(tensor, layout, func not in HARMLESS)
             self._set(tensor, origin, handed_on)
             if given and tensor is given[0] and tensor._base is not None:  # written to in place, through a view
-                self._set(tensor._base, origin)
+                base = tensor._base
+                of_base = Origin(
+                    origin.serial, parents, is_data, True, is_projection, base.shape, self.layout_of(base), None, mixed
+                )
+                self._set(base, of_base)
 
     def _record_of(self, tensor: Tensor) -> _TensorRecord:
         record = self._records.get(id(tensor))
@@ -165,26 +199,6 @@ def _tensors_made(func: Callable[..., Any], args: Sequence[Any], result: Any) ->
     if isinstance(result, _NO_TENSORS):
         return ()
     return [result] if isinstance(result, Tensor) else list(tensors_in((result,)))
-
-
-_Pair = tuple[Origin, Origin]
-
-
-def _result_of(kind: Kind, parents: tuple[Origin, ...], is_data: bool) -> tuple[bool, bool, _Pair | None, _Pair | None]:
-    """Return ``is_data``, ``is_projection``, ``product`` and ``factors`` of what a function of a kind makes."""
-    if kind is Kind.LAYER:
-        # learned tokens, once they are projected, are as good as data
-        return True, True, None, None
-    if kind is Kind.PRODUCT and len(parents) >= 2:
-        a, b = parents[-2:]
-        return is_data, not (a.is_data and b.is_data), (a, b) if b.is_data else None, None
-    if kind is Kind.TIMES and len(parents) == 2 and parents[0].is_data and parents[1].is_data:
-        return is_data, False, None, (parents[0], parents[1])
-    return is_data, False, parents[0].factors if kind is Kind.SUM else None, None
-
-
-def _keeps_rows_and_keys(given: Sequence[Tensor], made: Tensor) -> bool:
-    return any(x.dim() == made.dim() >= 3 and x.shape[-2:] == made.shape[-2:] for x in given)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

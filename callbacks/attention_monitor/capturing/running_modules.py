@@ -16,12 +16,17 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-ATTENTION_NAME = re.compile("attention|attn", re.IGNORECASE)  # classes of modules that look like attention
+ATTENTION_NAME = re.compile("attention|attn", re.IGNORECASE)  # in names of classes
 
 # These have a fast path for inference that cannot be seen, and that they leave while a function mode is on.
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 _OUTSIDE = ""  # calls of the model outside of any forward are counted on their own
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether a module's class is named like attention."""
+    return ATTENTION_NAME.search(type(module).__name__) is not None
 
 
 def may_take_fast_path(module: nn.Module) -> bool:
@@ -107,14 +112,14 @@ class RunningModules:
         frames: modules whose forward is running, outermost first. The model itself is always the first, because its
             other methods may call things too.
         paused: whether nothing is followed for the moment.
-        calls_in_forward: module path -> number of calls that it has made in this forward.
+        calls_in_forward: module path, and whether gradients are recorded -> number of calls made in this forward.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.frames: list[Frame] = []
         self.paused = False
-        self.calls_in_forward: Counter[str] = Counter()
+        self.calls_in_forward: Counter[tuple[str, bool]] = Counter()
         self._names: dict[nn.Module, str] = {}
         self._not_run: set[nn.Module] = set()
         self._foreign = 0  # modules of other models, outside of this one, that are running
@@ -162,9 +167,15 @@ class RunningModules:
         """Whether every part of the model that has parameters has been run."""
         return not self._not_run
 
-    def count_call(self) -> int:
-        """Count a call of the innermost module, and return its number among those of this forward."""
-        counted = self.path if self.is_inside else _OUTSIDE
+    def count_call(self, path: str, with_gradients: bool, inside: bool) -> int:
+        """Count a call, and return its number among those of this forward.
+
+        Args:
+            path: path of the module that made it.
+            with_gradients: whether gradients are recorded; calls with and without are counted each for themselves.
+            inside: whether it was made inside the forward of a module.
+        """
+        counted = (path if inside else _OUTSIDE), with_gradients
         self.calls_in_forward[counted] += 1
         return self.calls_in_forward[counted] - 1
 
@@ -178,8 +189,8 @@ class RunningModules:
             return
         self._not_run.discard(module)
         if outermost:
-            for path in set(self.calls_in_forward) - {_OUTSIDE}:
-                del self.calls_in_forward[path]
+            for counted in [counted for counted in self.calls_in_forward if counted[0] != _OUTSIDE]:
+                del self.calls_in_forward[counted]
             self._observer.forward_begins()
         self.frames.append(Frame(name or type(module).__name__, module, self._observer.next_serial()))
         self._observer.module_begins(module)

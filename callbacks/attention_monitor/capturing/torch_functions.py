@@ -12,9 +12,7 @@ class Kind(Enum):
 
     PRODUCT = auto()  # of two tensors, either of which may be a weight
     LAYER = auto()  # a product with a weight
-    MIXER = auto()  # its result is not a product of queries and keys any more, whatever it was made from
     TIMES = auto()  # entry by entry
-    SUM = auto()
 
 
 PRODUCTS = frozenset({
@@ -25,19 +23,8 @@ PRODUCTS = frozenset({
 KINDS = {
     **dict.fromkeys(PRODUCTS, Kind.PRODUCT),
     **dict.fromkeys((F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d), Kind.LAYER),
-    **dict.fromkeys(
-        (
-            F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, torch.lstm, torch.gru,
-            torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell,
-        ),
-        Kind.MIXER,
-    ),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), Kind.TIMES),
-    **dict.fromkeys((torch.sum, Tensor.sum), Kind.SUM),
 }  # fmt: skip
-
-# A projection by one of these may only mix heads (talking heads): scores are scores afterwards.
-MAY_MIX_HEADS = (torch.einsum, F.conv2d)
 
 # Functions that leave the weights of a softmax what they are: dropout, casts, views, choices of rows and columns.
 HARMLESS = frozenset({
@@ -46,6 +33,7 @@ HARMLESS = frozenset({
     Tensor.detach, Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute, Tensor.transpose,
     torch.transpose, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.unsqueeze, torch.unsqueeze,
     Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.expand, Tensor.movedim, torch.movedim, Tensor.swapaxes,
-    Tensor.narrow, torch.narrow, Tensor.view_as, Tensor.expand_as, Tensor.t, torch.t,
+    Tensor.narrow, torch.narrow, Tensor.select, torch.select, Tensor.chunk, torch.chunk, Tensor.split, torch.split,
+    Tensor.unbind, torch.unbind, Tensor.view_as, Tensor.expand_as, Tensor.t, torch.t,
     *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
 })  # fmt: skip

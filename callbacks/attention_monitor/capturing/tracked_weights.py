@@ -1,18 +1,12 @@
-"""The result of a softmax, followed through what a model does to it until it meets the values.
+"""The result of a softmax, followed through what a model does to it until it meets the values."""
 
-Shapes: B sequences, H query heads, Q queries, K keys.
-"""
-
-import math
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from .provenance import Origin
-from .recognisers.base import NotUnderstoodError
+from .attention_call import NotUnderstoodError
+from .axes import Layout, Part, Source, Tag
 
 
 @dataclass(eq=False)
@@ -22,10 +16,12 @@ class SoftmaxOutcome:
     Attributes:
         path: path of the enclosing attention module, or None.
         met_values: whether its result has been multiplied with values.
+        reason: why it is no attention that can be read, where that is known.
     """
 
     path: str | None
     met_values: bool = False
+    reason: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,28 +30,41 @@ class SoftmaxInput:
 
     Attributes:
         scores: what went in, with any axes.
+        layout: what its axes are made of.
         result: what came out.
         versions: versions of both tensors, which tell whether they have been written to since.
         axis: axis over which the softmax was taken.
-        product: origins of queries and keys; None where they were not seen.
+        columns: that axis in the result.
+        tag: product of queries and keys, and which of them has the axis; None where no product was seen.
         outcome: what becomes of the softmax.
     """
 
     scores: Tensor
+    layout: Layout
     result: weakref.ref[Tensor]
     versions: tuple[int, int]
     axis: int
-    product: tuple[Origin, Origin] | None
+    columns: Source
+    tag: Tag | None
     outcome: SoftmaxOutcome
 
     @classmethod
     def of(
-        cls, given: Tensor, result: Tensor, axis: int, product: tuple[Origin, Origin] | None, outcome: SoftmaxOutcome
+        cls, given: Tensor, layout: Layout, result: Tensor, axis: int, tag: Tag | None, outcome: SoftmaxOutcome
     ) -> "SoftmaxInput":
         """Remember a softmax that has just been taken of ``given``."""
         # softmax(scores, out=scores) leaves the scores up to a constant
         scores = result.detach().log() if result.data_ptr() == given.data_ptr() else given.detach()
-        return cls(scores, weakref.ref(result), (_version(scores), _version(result)), axis, product, outcome)
+        columns = Source(given.shape[axis], segments=[(0, layout.axes[axis])], is_columns=True)
+        versions = _version(scores), _version(result)
+        return cls(scores, layout, weakref.ref(result), versions, axis, columns, tag, outcome)
+
+    @property
+    def result_layout(self) -> Layout:
+        """What the axes of the result are made of."""
+        axes = list(self.layout.axes)
+        axes[self.axis] = (Part(self.columns, self.columns.size),)
+        return Layout(tuple(axes), self.layout.fixed)
 
     def readable_scores(self) -> Tensor:
         """Return the scores, or others with the same softmax where they were overwritten.
@@ -73,67 +82,24 @@ class SoftmaxInput:
 
 @dataclass(frozen=True, eq=False)
 class TrackedWeights:
-    """Attached to the result of a softmax, and to what is made of it by dropout, masks, casts, views, left-out columns.
+    """Attached to the result of a softmax, and to what is made of it as long as its columns are there.
 
     Attributes:
         softmax: the softmax.
-        shape: shape of the tensor that this is attached to.
-        start: first column of the softmax that is still there.
         weights: what the model made of the result, before dropout; None: it left the result as it was.
+        layout: what the axes of ``weights`` are made of.
     """
 
     softmax: SoftmaxInput
-    shape: Sequence[int]
-    start: int = 0
     weights: Tensor | None = None
+    layout: Layout | None = None
 
-    def handed_on(self, tensor: Tensor, changed: bool) -> "TrackedWeights | None":
+    def handed_on(self, tensor: Tensor, layout: Layout, changed: bool) -> "TrackedWeights | None":
         """Return what is attached to a tensor that was computed from this one; None when it is something else."""
-        if self.softmax.outcome.met_values or tensor.dim() < 2 or not tensor.is_floating_point():
+        is_there = any(part.source is self.softmax.columns for part in layout.parts)
+        if not is_there or self.softmax.outcome.met_values or not tensor.is_floating_point():
             return None
-        width, n = self.shape[-1], tensor.numel()
-        weights = tensor.detach() if changed else self.weights
-        if n == math.prod(self.shape):
-            return replace(self, shape=tensor.shape, weights=weights)
-        if tensor.shape[-1] < width and n * width == math.prod(self.shape) * tensor.shape[-1]:  # without sinks
-            offset = int(tensor.storage_offset())
-            start = self.start + (offset if offset <= width - tensor.shape[-1] else 0)
-            return replace(self, shape=tensor.shape, start=start, weights=weights)
-        return None
-
-    def changed_scores(self, scores: Tensor, columns: int, kept: int) -> Tensor | None:
-        """Return scores whose softmax are the weights that the model used, where these are not that of its own scores.
-
-        Args:
-            scores: what went into the softmax.
-            columns: axis of the keys.
-            kept: columns that meet the values.
-
-        Returns:
-            changed: scores with the axes of ``scores`` and ``kept`` columns. None: the model used the softmax of its
-                own scores, but for rows that may see nothing, which are set to 0.
-
-        Raises:
-            NotUnderstoodError: when the weights do not sum to 1.
-        """
-        if self.weights is None:
-            return None
-        softmax = scores.float().softmax(columns).narrow(columns, self.start, kept)
-        # half precision rounds to three digits
-        tolerance = 1e-5 if self.weights.dtype in (torch.float32, torch.float64) else 1e-2
-        weights = self.weights.float()
-        if weights.numel() != softmax.numel() or weights.dim() != softmax.dim():
-            weights = weights.reshape(softmax.shape) if weights.numel() == softmax.numel() else softmax
-        total = weights.sum(columns, keepdim=True)
-        is_nothing = ~(total.abs() > tolerance)  # also NaN
-        is_same = ((weights - softmax).abs() <= tolerance) | (weights == 0) & (softmax <= tolerance)
-        if bool((is_same | is_nothing).all()):
-            return None
-        # the sum adds up the rounding of all columns
-        sums_to_1 = ((total - 1).abs() <= 100 * tolerance) | is_nothing
-        if bool(sums_to_1.all()) and bool((weights >= 0).all()):
-            return weights.log()
-        raise NotUnderstoodError("after the softmax its weights were changed to others that do not sum to 1")
+        return replace(self, weights=tensor.detach(), layout=layout) if changed else self
 
 
 def _version(tensor: Tensor) -> int:

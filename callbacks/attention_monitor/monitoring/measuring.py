@@ -70,6 +70,7 @@ class Measurement:
         self._buffers = BufferPool()
         self._score: ScoreFunction | None = None
         self._seen: dict[str, SiteMeasurement] = {}
+        self._seen_without_gradients: dict[str, SiteMeasurement] = {}
 
     def __enter__(self) -> "Measurement":
         with ExitStack() as stack:
@@ -96,14 +97,13 @@ class Measurement:
         self._score = batch.score
 
     def _on_call(self, call: AttentionCall) -> None:
-        B, _, Q, _ = call.shape
         if 0 in call.shape:
             return
-        n = B if self.max_sequences is None else min(B, self.max_sequences)
-        if self.max_tokens is not None:
-            n = min(n, max(1, self.max_tokens // max(1, Q)))
-        call = call.first_sequences(n)
-        site = self._seen.get(call.site) or SiteMeasurement(
+        seen = self._seen if call.with_gradients else self._seen_without_gradients
+        if not call.with_gradients and _path(call.site) in map(_path, self._seen):
+            return  # sampling beside the training forward
+        call = _part_of(call, self.max_sequences, self.max_tokens)
+        site = seen.get(call.site) or SiteMeasurement(
             HeadTotals(self.statistics, self.max_tokens, self._buffers, self._on_failure),
             not call.is_self_attention,
             call.shape[1],
@@ -114,7 +114,7 @@ class Measurement:
         # a statistic of the user's own may draw numbers, and training must not notice
         with torch.random.fork_rng([call.device] if call.device.type == "cuda" else []):
             site.add(call, self._score)
-        self._seen[call.site] = site  # a call that cannot be read leaves nothing
+        seen[call.site] = site  # a call that cannot be read leaves nothing
 
     def _on_failure(self, name: str, error: Exception) -> None:
         self._once.warn(
@@ -147,7 +147,18 @@ class Measurement:
     @property
     def sites(self) -> dict[str, SiteMeasurement]:
         """What has been measured at each module path, in order of execution."""
-        return {final_site(name, self._capture.sites): site for name, site in self._seen.items()}
+        return {final_site(name, self._capture.sites): site for name, site in self._counting.items()}
+
+    @property
+    def _counting(self) -> dict[str, SiteMeasurement]:
+        """What has been measured at each call, in order of execution.
+
+        A rollout or a generated text without gradients does not count where the module was trained in the same step.
+        """
+        trained = set(map(_path, self._seen))
+        others = {name: site for name, site in self._seen_without_gradients.items() if _path(name) not in trained}
+        order = list(self._capture.sites)
+        return dict(sorted((self._seen | others).items(), key=lambda entry: order.index(_path(entry[0]))))
 
     def sites_of_all_ranks(self) -> dict[str, SiteMeasurement]:
         """Put the totals of all ranks together, each of which has to call this; patterns are this rank's own.
@@ -156,7 +167,7 @@ class Measurement:
             AttentionMonitorError: when weights were to be compared, and those of a site are not the same on all ranks.
         """
         everyone: list[Any] = [None] * dist.get_world_size()
-        mine = {name: (site.is_cross, site.n_heads, site.totals.on_cpu()) for name, site in self._seen.items()}
+        mine = {name: (site.is_cross, site.n_heads, site.totals.on_cpu()) for name, site in self._counting.items()}
         dist.all_gather_object(everyone, (self._capture.sites, mine, self._capture.weights))
         _require_same_weights([of_rank for _, _, of_rank in everyone])
         n_calls: Counter[str] = Counter()
@@ -169,9 +180,29 @@ class Measurement:
                 site = merged.setdefault(final_site(name, n_calls), empty)
                 if totals is not None:
                     site.totals.merge(totals)
-        for name, site in self._seen.items():
+        for name, site in self._counting.items():
             merged[final_site(name, n_calls)].pattern = site.pattern
         return merged
+
+
+def _path(site: str) -> str:
+    """Return the path of a site without the number of the call."""
+    return site.rpartition("[")[0]
+
+
+def _part_of(call: AttentionCall, max_samples: int | None, max_tokens: int | None) -> AttentionCall:
+    """Return a call on the sequences that are looked at: all windows of the first samples.
+
+    Where these have more queries than ``max_tokens``, windows are spread over them evenly.
+    """
+    n = call.n_samples if max_samples is None else min(call.n_samples, max_samples)
+    n_sequences = n * call.windows
+    few = n_sequences if max_tokens is None else min(n_sequences, max(1, max_tokens // max(1, call.shape[2])))
+    if few == n_sequences:
+        return call.first_samples(n)
+    if call.windows == 1 or call.mask_mod is not None or call.score_mod is not None:
+        return call.first_sequences(few)
+    return call.sequences(torch.arange(few, device=call.device) * n_sequences // few)
 
 
 def _require_same_weights(of_ranks: Sequence[Mapping[str, bytes]]) -> None:

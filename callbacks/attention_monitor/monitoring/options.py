@@ -31,8 +31,8 @@ class Options:
         probe: a text whose maps are drawn with its tokens, a ``Probe``, or several; without one that is drawn, the
             maps are those of the batch's first sequence.
         statistics: names from ``attention_monitor.STATISTICS``, which are written.
-        max_sequences: sequences of the batch, on each rank, that the statistics are taken of.
-        max_tokens: positions that are looked at as queries, over those sequences; None: all. Fewer sequences are
+        max_sequences: samples of the batch, on each rank, that the statistics are taken of, each with all its windows.
+        max_tokens: positions that are looked at as queries, over those samples; None: all. Fewer sequences are
             looked at then, and of a sequence that is longer than that, blocks of rows spread over it evenly.
         sites: shell patterns for the module paths to look at, such as ``model.decoder.*``; None: all.
 

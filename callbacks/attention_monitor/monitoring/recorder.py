@@ -12,6 +12,7 @@ from torch import nn
 from ..diagnosis.roles import HeadRoles
 from ..diagnosis.runner import Diagnosis
 from ..errors import AttentionMonitorError, AttentionWarning, NoAttentionError, Once, is_whole
+from ..naming import listed
 from ..snapshots import Snapshot
 from ..statistics.catalogue import STATISTICS, resolve_statistics
 from ..statistics.sites import build_snapshot, column_of
@@ -87,6 +88,7 @@ class AttentionRecorder(HasOptions):
         self.writer = Writer(sinks_for(_opened(options.log_to)) if self.is_rank_zero else [])
         self._roles = HeadRoles() if options.roles is None else options.roles
         self._live: Measurement | None = None
+        self._live_sites: set[str] = set()
         self._probed: list[Snapshot] = []
         self._step = self._sampled_step = -1
         self._closed = False
@@ -210,6 +212,7 @@ class AttentionRecorder(HasOptions):
         columns = [column_of(statistic, statistic.name in self._written) for statistic in self._statistics]
         snapshot = build_snapshot(self._step, "live", sites, columns)
         self._keep(snapshot)
+        self._say_what_is_odd(snapshot)
         for message in self.diagnosis.explain(self.diagnosis.update(snapshot)) if self.is_rank_zero else ():
             warnings.warn(f"AttentionMonitor: {message}", AttentionWarning, stacklevel=2)
         return snapshot
@@ -242,6 +245,31 @@ class AttentionRecorder(HasOptions):
         finally:
             self._closed = True
             self.writer.close()
+
+    def _say_what_is_odd(self, snapshot: Snapshot) -> None:
+        """Warn of sites that were seen before and are not any more, and say what has to be known of others."""
+        notes: dict[str, list[str]] = {}
+        for record in snapshot.records:
+            if record.note:
+                notes.setdefault(record.note, []).append(record.path)
+        for note, paths in notes.items():
+            new = [path for path in paths if self._once.is_new(note, path)]
+            if new and self.is_rank_zero:
+                warnings.warn(
+                    f"AttentionMonitor: of {listed(new, 3)}: {note}; what makes no sense of that is left out.",
+                    AttentionWarning,
+                    stacklevel=3,
+                )
+        gone = sorted(self._live_sites - set(snapshot.sites))
+        self._live_sites |= set(snapshot.sites)
+        for path in gone if self.is_rank_zero else ():
+            self._once.warn(
+                "gone",
+                path,
+                f"AttentionMonitor: the attention of {path} was seen before and not at step {snapshot.step}: it was "
+                "not run in that step, or cannot be read any more; its curves have a gap there.",
+                stacklevel=3,
+            )
 
     def _require_attention(self, live: Measurement) -> None:
         """Raise NoAttentionError where all of the model has been run; elsewhere other parts may have attention."""

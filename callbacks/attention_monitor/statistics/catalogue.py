@@ -73,7 +73,7 @@ def previous_token(rows: Rows) -> Tensor:
     return rows.previous_weight
 
 
-@statistic(unit="1", range="0..1", needs=["first_weight"])
+@statistic(unit="1", range="0..1", tokens_only=True, needs=["first_weight"])
 def first_token(rows: Rows) -> Tensor:
     """Weight on the first key, p_{i,0}: the mass of an attention sink. Of a sequence padded at its left, that is 0.
 
@@ -168,8 +168,7 @@ def nonfinite_fraction(rows: Rows) -> Tensor:
 
     Unlike the other fractions it counts rows that see a single key too: a NaN must not hide there.
     """
-    # an infinite query may have finite scores after a soft cap
-    return ~rows.entropy.isfinite() | (rows.nonfinite("query") > 0)
+    return ~rows.is_finite
 
 
 @statistic(unit="fraction of rows", range="0..1", rows="not_padded", needs=[])

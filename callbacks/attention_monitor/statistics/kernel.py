@@ -125,7 +125,8 @@ def supports(call: AttentionCall) -> bool:
     query, key = call.query, call.key
     if query is None or key is None or call.score_mod is not None or call.mask_mod is not None or call.n_sinks:
         return False
-    return query.dtype == key.dtype and query.dtype in _DTYPES and query.shape[-1] <= 256
+    is_run = call.positions_are_a_run
+    return is_run and query.dtype == key.dtype and query.dtype in _DTYPES and query.shape[-1] <= 256
 
 
 def rows_of(call: AttentionCall, row: Tensor) -> Rows:

@@ -26,6 +26,8 @@ class Statistic:
         rows: attribute of Rows that says which rows count, one of ROW_FILTERS.
         self_attention_only: True if it compares positions of queries and keys. It is then NaN for cross-attention, and
             for self-attention to fewer keys than there are queries.
+        tokens_only: True if it speaks of certain tokens. It is then NaN where every query has keys of its own, or
+            keys are channels.
         needs: quantities of Rows that the function reads beside ALWAYS_COMPUTED; None: the function takes a RowBlock.
     """
 
@@ -36,6 +38,7 @@ class Statistic:
     reduce: Literal["mean", "max"]
     rows: str
     self_attention_only: bool
+    tokens_only: bool
     needs: tuple[str, ...] | None
 
 
@@ -49,6 +52,7 @@ def statistic(
     reduce: Literal["mean", "max"] = "mean",
     rows: str = "informative",
     self_attention_only: bool = False,
+    tokens_only: bool = False,
     needs: Sequence[str] | None = None,
 ) -> Callable[[RowFunction], RowFunction]:
     """Register the decorated function as a statistic under its own name.
@@ -59,6 +63,7 @@ def statistic(
         reduce: way in which the numbers of rows become the value of a head.
         rows: rows that count, one of ROW_FILTERS.
         self_attention_only: the function compares positions of queries and keys.
+        tokens_only: the function speaks of certain tokens, and not of a query's own neighbours or of channels.
         needs: quantities that the function reads, of those that ``Rows`` lists; it then takes ``Rows``, which costs
             less. None: it takes a ``RowBlock``, with all weights of the rows.
 
@@ -96,8 +101,9 @@ def statistic(
             )
         if name in STATISTICS and STATISTICS[name].function.__module__ != function.__module__:
             raise AttentionMonitorError(f"There is a statistic {name!r} already; give yours another name.")
+        needed = None if needs is None else tuple(needs)
         STATISTICS[name] = Statistic(
-            name, function, unit, range, reduce, rows, self_attention_only, None if needs is None else tuple(needs)
+            name, function, unit, range, reduce, rows, self_attention_only, tokens_only, needed
         )
         return function
 

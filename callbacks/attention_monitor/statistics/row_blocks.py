@@ -67,11 +67,17 @@ class RowBlock(Rows):
         B, H, _, K = call.shape
         size = B * H * (stop - start) * (K + call.n_sinks), call.compute_dtype, call.device
         scores, self.allowed = call.scores(start, stop, buffers.take("scores", *size), HIDDEN)  # (B, H, R, K)
-        max_score = scores.amax(-1)
-        # differences to the largest keep their digits however large the scores are
-        shifted = scores.sub_(max_score[..., None])
-        self._exp = torch.exp(shifted, out=buffers.take("exp", *size)[: shifted.numel()].view(shifted.shape))
-        sum_exp, sum_exp_shifted = self._exp.sum(-1), shifted.mul_(self._exp).sum(-1)
+        if call.model_weights is None:
+            max_score = scores.amax(-1)
+            # differences to the largest keep their digits however large the scores are
+            shifted = scores.sub_(max_score[..., None])
+            self._exp = torch.exp(shifted, out=buffers.take("exp", *size)[: shifted.numel()].view(shifted.shape))
+            sum_exp, sum_exp_shifted = self._exp.sum(-1), shifted.mul_(self._exp).sum(-1)
+            self._divisor = sum_exp
+        else:
+            self._exp = call.pattern(start, stop)
+            max_score, sum_exp, sum_exp_shifted = _of_weights(self._exp)
+            self._divisor = torch.ones_like(sum_exp)
         n_keys = self.allowed.expand(*self.allowed.shape[:-1], scores.shape[-1]).sum(-1)
         always = dict(zip(ALWAYS_COMPUTED, (max_score, sum_exp, sum_exp_shifted), strict=True))
         super().__init__(call, torch.arange(start, stop, device=call.device), n_keys, always)
@@ -86,7 +92,7 @@ class RowBlock(Rows):
     @cached_property
     def weights(self) -> Tensor:
         """p_ij, (B, H, R, K)."""
-        return self._exp / self.sum_exp[..., None]
+        return self._exp / self._divisor[..., None]
 
     @property
     def position_weights(self) -> Tensor:
@@ -95,10 +101,15 @@ class RowBlock(Rows):
 
     def weight_at(self, offset: int) -> Tensor:
         """Return p_{i,i+offset} of each row i, (B, H, R); 0 where there is no such key."""
+        if not self.call.positions_are_a_run:
+            key = self.query_pos + offset  # (R,)
+            there = (key >= 0) & (key < self.key_pos.numel())
+            at = key.clamp(0, self.key_pos.numel() - 1).expand(*self._exp.shape[:2], -1)[..., None]  # (B, H, R, 1)
+            return (self._exp.gather(-1, at)[..., 0] / self._divisor).masked_fill(~there, 0)
         ahead = self._start + self.call.query_offset + offset  # columns from the diagonal to the keys
         R, n = self._exp.shape[2], self.key_pos.numel()
         before = min(R, max(0, -ahead))
-        chosen = self._exp[..., :n].diagonal(ahead, -2, -1) / self.sum_exp[..., before : max(before, n - ahead)]
+        chosen = self._exp[..., :n].diagonal(ahead, -2, -1) / self._divisor[..., before : max(before, n - ahead)]
         return F.pad(chosen, (before, R - before - chosen.shape[-1]))
 
     @cached_property
@@ -111,7 +122,7 @@ class RowBlock(Rows):
 
     @cached_property
     def first_weight(self) -> Tensor:
-        return self._exp[..., 0] / self.sum_exp
+        return self._exp[..., 0] / self._divisor
 
     @cached_property
     def later_weight(self) -> Tensor:
@@ -119,12 +130,25 @@ class RowBlock(Rows):
 
     @cached_property
     def sum_of_squares(self) -> Tensor:
-        return (self._exp * self._exp).sum(-1) / self.sum_exp**2
+        return (self._exp * self._exp).sum(-1) / self._divisor**2
 
     @cached_property
     def distance(self) -> Tensor:
         distance = (self.query_pos[:, None] - self.key_pos).abs().to(self._exp.dtype)  # (R, positions)
         return (self.position_weights * distance).sum(-1)
+
+
+def _of_weights(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ALWAYS_COMPUTED of rows of weights that have no scores, (B, H, R) each.
+
+    Largest scores are NaN, and so is what entropy needs in rows that are no distribution: weights that are negative or
+    do not sum to 1.
+    """
+    largest, total = weights.amax(-1), weights.sum(-1)
+    is_distribution = (weights >= 0).all(-1) & ((total - 1).abs() <= 1e-3)
+    relative = weights / largest[..., None]
+    shifted = torch.special.xlogy(relative, relative).sum(-1).masked_fill(~is_distribution, torch.nan)
+    return torch.full_like(largest, torch.nan), 1 / largest, shifted
 
 
 def row_spans(call: AttentionCall, max_rows: int | None = None) -> Iterator[tuple[int, int]]:

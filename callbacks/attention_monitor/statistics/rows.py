@@ -54,7 +54,7 @@ class Rows:
 
     def __init__(self, call: AttentionCall, row: Tensor, n_keys: Tensor, quantities: dict[str, Tensor]) -> None:
         self.call, self.row, self.n_keys = call, row, n_keys
-        self.query_pos = row + call.query_offset
+        self.query_pos = call.positions_of(row)
         vars(self).update(quantities)
 
     def __getattr__(self, name: str) -> Tensor:
@@ -78,6 +78,13 @@ class Rows:
     def entropy(self) -> Tensor:
         """lse_i - sum_j p_ij s_ij, (B, H, R), nats; finite exactly when q, scores and p of the row are."""
         return self.sum_exp.log() - self.sum_exp_shifted / self.sum_exp
+
+    @cached_property
+    def is_finite(self) -> Tensor:
+        """Whether q, scores and p of the row are finite, bool (B, H, R)."""
+        weights = self.call.model_weights
+        finite = self.entropy.isfinite() if weights is None else weights[:, :, self.row].isfinite().all(-1)
+        return finite & ~(self.nonfinite("query") > 0)  # an infinite query may have finite scores after a soft cap
 
     @cached_property
     def expected_score(self) -> Tensor:

@@ -31,6 +31,7 @@ class SiteMeasurement:
         scores: score of a probe -> (n, H) for each of its batches.
         layer_values: numbers of the layer as a whole.
         rollout: (T, T), attention rollout up to this layer; None where it was not asked for.
+        note: what has to be known to read its numbers.
     """
 
     def __init__(self, totals: HeadTotals, is_cross: bool, n_heads: int) -> None:
@@ -39,6 +40,7 @@ class SiteMeasurement:
         self.scores: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.layer_values: dict[str, float] = {}
         self.rollout: Tensor | None = None
+        self.note = ""
 
     def add(self, call: AttentionCall, score: Callable[[AttentionCall], dict[str, Tensor]] | None = None) -> None:
         """Measure a call, and score it.
@@ -46,6 +48,7 @@ class SiteMeasurement:
         Raises:
             AttentionMonitorError: when a score is not (n, H).
         """
+        self.note = call.note
         for name, values in score(call).items() if score is not None and call.has_positions else ():
             if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] != self.n_heads:
                 got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
@@ -105,6 +108,7 @@ def build_snapshot(
             pattern=_array(sites[path].pattern),
             layer_values=sites[path].layer_values,
             rollout=_array(sites[path].rollout),
+            note=sites[path].note,
         )
         for label, path, stack in zip(labels, paths, stacks, strict=True)
     ]

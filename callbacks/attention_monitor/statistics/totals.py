@@ -45,7 +45,7 @@ class HeadTotals:
         if not self.statistics:
             return
         seen = 0 not in call.shape
-        present = [seen and (call.has_positions or not stat.self_attention_only) for stat in self.statistics]
+        present = [seen and _makes_sense(stat, call) for stat in self.statistics]
         shape: tuple[int, ...] = (1, call.shape[1], 1)
         if any(present):
             rows, of_blocks = self._rows(call, [stat for i, stat in enumerate(self.statistics) if present[i]])
@@ -113,6 +113,12 @@ class HeadTotals:
         means = totals / torch.where(_takes_maximum(self.statistics, packed)[0], 1, counts)
         values = means.where(counts > 0, torch.nan).float()
         return dict(zip((stat.name for stat in self.statistics), values, strict=True))
+
+
+def _makes_sense(stat: Statistic, call: AttentionCall) -> bool:
+    if stat.tokens_only and call.over != "tokens":
+        return False
+    return call.has_positions or not stat.self_attention_only
 
 
 _without_kernel: list[str] = []  # errors of the kernel in this process: after the first, it is not tried again

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention_monitor.capturing.axes import tag_of
 from attention_monitor.capturing.provenance import Origins, same_sequence
 from attention_monitor.capturing.running_modules import Frame
 
@@ -44,11 +45,11 @@ def test_a_product_of_data_is_a_product_and_one_with_a_weight_is_a_projection(ta
     q, k = tape(F.linear, x, weights[0]), tape(torch.matmul, x, weights[1])
     assert tape.origins.of(q).is_projection
     assert tape.origins.of(k).is_projection
-    assert tape.origins.of(k).product is None
+    assert tag_of(tape.origins.layout_of(k).axes[-1]) is None
     scores = tape(Tensor.__matmul__, q, tape(Tensor.transpose, k, 1, 2))
     masked = tape(Tensor.masked_fill, tape(Tensor.__mul__, scores, 0.5), torch.ones(5, 5).bool().triu(1), -1e9)
-    assert tape.origins.of(masked).product is not None
-    assert tape.origins.of(tape(F.linear, scores, torch.randn(3, 5))).product is None
+    assert tag_of(tape.origins.layout_of(masked).axes[-1]).side == 1
+    assert tag_of(tape.origins.layout_of(tape(F.linear, scores, torch.randn(3, 5))).axes[-1]) is None
 
 
 def test_the_innermost_module_that_projects_decides(tape, weights):

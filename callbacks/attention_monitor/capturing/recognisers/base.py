@@ -10,15 +10,14 @@ from torch import Tensor
 
 from ...errors import AttentionMonitorError
 from ..attention_call import AttentionCall
-from ..provenance import Origins, same_sequence
+from ..axes import Axis, Layout, SourceKind, singles_of, untagged
+from ..loops import Clue
+from ..provenance import Origin, Origins, same_sequence
+from ..roles import places, said_heads, shares_windows
 from ..running_modules import Frame
 
 
-class NotUnderstoodError(AttentionMonitorError):
-    """An attention call in a form that no recogniser reads; the message is the reason."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class FunctionCall:
     """A call of a function that a recogniser asked for, after it has run.
 
@@ -29,6 +28,7 @@ class FunctionCall:
         result: what it returned.
         frames: modules whose forward is running, outermost first.
         origins: where tensors come from.
+        clue: what tells whether the attention call is one of several in a loop; None: nothing is known.
     """
 
     func: Any
@@ -37,6 +37,7 @@ class FunctionCall:
     result: Any
     frames: Sequence[Frame]
     origins: Origins
+    clue: Clue | None = None
 
     def same_sequence(self, query: Tensor, key: Tensor, *, projects: bool = False) -> bool | None:
         """Tell whether queries and keys come from the same sequence; None where that was not seen.
@@ -47,6 +48,52 @@ class FunctionCall:
             projects: whether the function itself projects them.
         """
         return same_sequence(self.origins.of(query), self.origins.of(key), self.frames, projects=projects)
+
+    @property
+    def said_heads(self) -> int | None:
+        """Number of heads that the module which is running, or the one around it, says it has."""
+        return said_heads(frame.module for frame in reversed(self.frames[-3:]))
+
+    def relation(
+        self,
+        query: tuple[Origin, Layout, Axis],
+        key: tuple[Origin, Layout, Axis],
+        *,
+        own_keys: bool = False,
+        projects: bool = False,
+        weight: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Tell whether queries and keys are the same tokens, and where the queries are among the keys.
+
+        Args:
+            query: where the queries come from, what their axes are made of, their axis of queries.
+            key: the same of the keys.
+            own_keys: whether every query has keys of its own.
+            projects: whether the function itself projects them.
+            weight: weight that it projects the queries with.
+
+        Returns:
+            Arguments of AttentionCall.
+        """
+        (q_origin, q_layout, rows), (k_origin, k_layout, keys) = query, key
+        q_layout, k_layout, rows, keys = q_layout.untagged(), k_layout.untagged(), untagged(rows), untagged(keys)
+        if not keys:  # there is but one
+            keys = tuple(part for part in singles_of(k_layout) if part.source.kind is not SourceKind.FEATURES)
+        self.clue = Clue.of(q_layout, rows, keys, (q_origin.mixed, k_origin.mixed), weight)
+        found = places(q_layout, rows, k_layout, keys, own_keys=own_keys)
+        told: dict[str, Any] = {"self_attention": None}
+        if found.same_tokens and q_origin.mixed == k_origin.mixed:
+            positions = found.positions if own_keys or shares_windows(q_layout, k_layout, rows, keys) else None
+            told = {"self_attention": True, "query_positions": positions, "positions_known": positions is not None}
+        elif found.same_tokens:
+            told = {"self_attention": False}  # of another depth: a decoder that is given what its encoder read
+        else:
+            told["self_attention"] = same_sequence(q_origin, k_origin, self.frames, projects=projects)
+            if found.same_tokens is False and told["self_attention"]:
+                told["self_attention"] = False
+        if own_keys:
+            told["over"] = "neighbours"
+        return told
 
 
 class Recogniser(ABC):
@@ -146,15 +193,3 @@ def as_computed(x: Tensor) -> Tensor:
     return (
         x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype == torch.float32 else x
     )
-
-
-def four_dimensional(x: Tensor) -> Tensor:
-    """Bring a tensor to four axes (B, H, Q, D).
-
-    (Q, D) and (B, Q, D) get a head of their own; of more than four axes, all between batch and Q are heads.
-    """
-    if x.dim() == 4:
-        return x
-    if x.dim() < 4:
-        return x.reshape((1,) * (3 - x.dim()) + x.shape).unsqueeze(1)
-    return x.flatten(1, -3)

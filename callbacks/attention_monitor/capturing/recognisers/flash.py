@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attention_call import AttentionCall
-from .base import FunctionCall, NotUnderstoodError, Recogniser
+from ..attention_call import AttentionCall, NotUnderstoodError
+from .base import FunctionCall, Recogniser
 
 
 class FlashKernel(Recogniser):
@@ -53,7 +53,11 @@ class FlashKernel(Recogniser):
     def read(self, call: FunctionCall) -> AttentionCall:
         given = self._arguments(call)
         query, key = given["query"], given["key"]
-        self_attention = call.same_sequence(query, key)
+        origins = call.origins
+        q_layout, k_layout = origins.layout_of(query), origins.layout_of(key)  # (B, Q, H, D) or (tokens, H, D)
+        relation = call.relation(
+            (origins.of(query), q_layout, q_layout.axes[-3]), (origins.of(key), k_layout, k_layout.axes[-3])
+        )
         query, key, value = query.detach(), key.detach(), given["value"].detach()
         if query.dim() == 3:  # all sequences one after the other: (tokens, H, D)
             query, key, value = query[None], key[None], value[None]
@@ -100,8 +104,8 @@ class FlashKernel(Recogniser):
             scale=scale,
             score_mod=modify if modified else None,
             mask_mod=allowed,
-            self_attention=self_attention,
             value=value,
+            **relation,
         )
 
 

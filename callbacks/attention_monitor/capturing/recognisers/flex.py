@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..attention_call import AttentionCall
+from ..roles import n_windows
 from .base import FunctionCall, Recogniser
+from .fused import read_fused
 
 
 class FlexAttention(Recogniser):
@@ -44,8 +46,17 @@ class FlexAttention(Recogniser):
 
     def read(self, call: FunctionCall) -> AttentionCall:
         query, key, value, score_mod, block_mask, scale = call.args[:6]
-        self_attention = call.same_sequence(query, key)
-        query, key = query.detach(), key.detach()
+        origins = call.origins
+        q_layout, k_layout = origins.layout_of(query), origins.layout_of(key)
+        q_origin, k_origin = origins.of(query), origins.of(key)
+        mask_mod = block_mask[-1]
+        query, key, value = query.detach(), key.detach(), value.detach()
+        is_free = score_mod.__name__ == "_identity" and mask_mod.__name__ == "noop_mask"
+        if is_free and query.shape[:2] == key.shape[:2]:  # nothing depends on the number of a sequence or head
+            return read_fused(
+                call, (query, q_origin, q_layout), (key, k_origin, k_layout), value, None, is_causal=False, scale=scale
+            )
+        relation = call.relation((q_origin, q_layout, q_layout.axes[2]), (k_origin, k_layout, k_layout.axes[2]))
         key = key.expand(query.shape[0], -1, -1, -1)
         K, device = key.shape[2], query.device
 
@@ -53,7 +64,7 @@ class FlexAttention(Recogniser):
             B, H, R, _ = scores.shape
             return _vectorised(score_mod, (B, H, start, start + R, K), device, scores)
 
-        mask_mod, mask_shape = block_mask[-1], block_mask[2].shape[:2]  # it may be the same for all sequences or heads
+        mask_shape = block_mask[2].shape[:2]  # it may be the same for all sequences or heads
 
         def allowed(start: int, stop: int) -> Tensor:
             return _vectorised(mask_mod, (*mask_shape, start, stop, K), device)
@@ -65,8 +76,9 @@ class FlexAttention(Recogniser):
             scale=scale,
             score_mod=None if score_mod.__name__ == "_identity" else modify,
             mask_mod=None if mask_mod.__name__ == "noop_mask" else allowed,
-            self_attention=self_attention,
-            value=value.detach(),
+            value=value,
+            windows=n_windows(q_layout.axes[0], (*q_layout.axes[2], *k_layout.axes[2]), origins.first),
+            **relation,
         )
 
 

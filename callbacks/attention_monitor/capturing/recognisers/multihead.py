@@ -4,12 +4,15 @@ Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head di
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention_call import AttentionCall
+from ..axes import is_features
+from ..roles import of_batch
 from .base import FunctionCall, Recogniser
 
 
@@ -55,9 +58,22 @@ class MultiHeadAttention(Recogniser):
         is_causal: bool = False,
     ) -> AttentionCall:
         H = num_heads
-        self_attention: bool | None = query is key
-        if not self_attention:
-            self_attention = call.same_sequence(query, key, projects=True)
+        origins = call.origins
+        q_layout, k_layout = origins.layout_of(query), origins.layout_of(key)
+        q_axis, k_axis = q_layout.axes[0], k_layout.axes[0]
+        relation: dict[str, Any]
+        if is_features(q_axis) and is_features(k_axis) and not is_features(q_layout.axes[-1]):
+            relation = {"self_attention": True, "over": "channels", "positions_known": False}
+        else:
+            relation = call.relation(
+                (origins.of(query), q_layout, q_axis),
+                (origins.of(key), k_layout, k_axis),
+                projects=True,
+                weight=in_proj_weight if in_proj_weight is not None else q_proj_weight,
+            )
+        if query is key and relation["self_attention"] is None:
+            relation["self_attention"] = True
+        batch = of_batch(q_layout, q_axis, k_axis, origins.first) if query.dim() == 3 else None
         query, key, value = query.detach(), key.detach(), value.detach()
         if query.dim() == 2:
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
@@ -93,7 +109,7 @@ class MultiHeadAttention(Recogniser):
             masks.append(mask.reshape(B, H, *mask.shape[1:]) if mask.dim() == 3 else mask[None, None])
         if key_padding_mask is not None:  # (B, K)
             masks.append(key_padding_mask.detach()[:, None, None, :])
-        return AttentionCall(
+        attention = AttentionCall(
             "",
             q.detach(),
             k.detach(),
@@ -101,9 +117,10 @@ class MultiHeadAttention(Recogniser):
             scale=1 / math.sqrt(E // H),
             n_sinks=n_sinks,
             sinks_in_pattern=True,
-            self_attention=self_attention,
             value=v.detach(),
+            **relation,
         )
+        return attention if batch is None else batch.in_order(attention)
 
 
 def _merged(masks: list[Tensor], n_sinks: int) -> Tensor | None:

@@ -6,12 +6,12 @@ Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head di
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_call import AttentionCall
-from .base import FunctionCall, NotUnderstoodError, Recogniser, as_computed, four_dimensional
+from ..attention_call import AttentionCall, NotUnderstoodError
+from .base import FunctionCall, Recogniser, as_computed
+from .fused import read_fused
 
 
 class ScaledDotProduct(Recogniser):
@@ -37,8 +37,11 @@ class ScaledDotProduct(Recogniser):
     ) -> AttentionCall:
         if query.is_nested or key.is_nested:
             raise NotUnderstoodError("its queries and keys are nested tensors; pad them and give a mask")
-        self_attention = call.same_sequence(query, key)
+        origins = call.origins
+        q_layout, k_layout = origins.layout_of(query), origins.layout_of(key)
+        q_origin, k_origin = origins.of(query), origins.of(key)
         query, key = as_computed(query.detach()), as_computed(key.detach())
+        value = as_computed(value.detach())
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         mask = None
         if attn_mask is not None:
@@ -46,18 +49,13 @@ class ScaledDotProduct(Recogniser):
             materialize = getattr(attn_mask, "_materialize", None)
             mask = materialize(query.device) if materialize else attn_mask.detach()
             mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)
-        if not enable_gqa:  # batch and heads of either may be 1 and broadcast
-            leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-            query, key = query.expand(*leading, -1, -1), key.expand(*leading, -1, -1)
-        if mask is not None and query.dim() > 4:  # what is flattened together must be there
-            mask = mask.expand(*query.shape[:-2], -1, -1)
-        return AttentionCall(
-            "",
-            four_dimensional(query),
-            four_dimensional(key),
-            None if mask is None else four_dimensional(mask),
-            is_causal,
-            scale,
-            self_attention=self_attention,
-            value=four_dimensional(as_computed(value.detach())),
+        return read_fused(
+            call,
+            (query, q_origin, q_layout),
+            (key, k_origin, k_layout),
+            value,
+            mask,
+            grouped=enable_gqa,
+            is_causal=is_causal,
+            scale=scale,
         )

@@ -1,23 +1,29 @@
-"""Attention written out: a softmax of scores, whose result is multiplied with values.
+"""Attention written out: a softmax of products of queries and keys.
 
-Shapes: B sequences, H query heads, H_kv key heads, Q queries, K keys, D head dimensions, R rows of a block.
+Shapes: B sequences, H query heads, Q queries, K keys.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_call import AttentionCall
-from ..merged_heads import with_heads
-from ..provenance import Origin, same_sequence, tensors_in
-from ..running_modules import ATTENTION_NAME
+from ..attention_call import AttentionCall, NotUnderstoodError
+from ..axes import Layout, Part, SourceKind, is_features, tag_of, untagged
+from ..axis_rules import letters_of_product
+from ..products import Product
+from ..provenance import tensors_in
+from ..roles import MetValues, Roles, of_scores
+from ..running_modules import looks_like_attention
 from ..torch_functions import PRODUCTS
 from ..tracked_weights import SoftmaxInput, SoftmaxOutcome, TrackedWeights
-from .base import FunctionCall, Recogniser, four_dimensional
+from .base import FunctionCall, Recogniser
+
+_NOT_MULTIPLIED = "its softmax was not seen to be multiplied with values by a matmul or einsum"
+_OF_FEATURES = "its softmax is over features, as in linear attention and routers, and no attention over tokens"
 
 
 class ExplicitSoftmax(Recogniser):
@@ -40,11 +46,10 @@ class ExplicitSoftmax(Recogniser):
         return None
 
     def at_end_of_forward(self, understood: Collection[str]) -> Iterator[tuple[str, str]]:
-        """Yield the attention modules in which a softmax led to no call."""
-        met_values = {outcome.path for outcome in self._outcomes if outcome.met_values}
+        """Yield each softmax of an attention module that led to no call."""
         for outcome in self._outcomes:
-            if outcome.path is not None and outcome.path not in met_values and outcome.path not in understood:
-                yield outcome.path, "its softmax was not seen to be multiplied with values by a matmul or einsum"
+            if outcome.path is not None and not outcome.met_values:
+                yield outcome.path, outcome.reason or _NOT_MULTIPLIED
         self._outcomes.clear()
 
     def _read_softmax(
@@ -53,139 +58,205 @@ class ExplicitSoftmax(Recogniser):
         dim = axis if dim is None else dim
         if not isinstance(dim, int) or input.dim() < 2 or input.numel() == 0:
             return
-        origin = call.origins.of(input)
-        named = [frame for frame in call.frames[-2:] if ATTENTION_NAME.search(type(frame.module).__name__)]
-        if origin.product is None and (not named or _is_over_features(origin)):
+        layout = call.origins.layout_of(input)
+        tag = tag_of(layout.axes[dim])
+        if tag is not None and tag.product.is_over(tag.side) is None:
+            tag = None
+        named = [frame for frame in call.frames[-2:] if looks_like_attention(frame.module)]
+        if tag is None and not named:
             return
         outcome = SoftmaxOutcome(named[-1].name if named else None)
         self._outcomes.append(outcome)
-        softmax = SoftmaxInput.of(input, call.result, dim % input.dim(), origin.product, outcome)
-        call.origins.attach(call.result, TrackedWeights(softmax, call.result.shape))
+        softmax = SoftmaxInput.of(input, layout, call.result, dim % input.dim(), tag, outcome)
+        call.origins.of(call.result).layout = softmax.result_layout
+        call.origins.attach(call.result, TrackedWeights(softmax))
 
     def _read_product(self, call: FunctionCall) -> AttentionCall | None:
-        tensors = list(tensors_in((*call.args, *call.kwargs.values())))[-2:]
-        attached = [call.origins.attachment(tensor) for tensor in tensors]
-        if len(tensors) < 2 or (attached[0] is None) == (attached[1] is None):
+        given = [x for x in tensors_in((*call.args, *call.kwargs.values())) if call.origins.is_data(x)]
+        attached = [(x, found) for x in given if (found := call.origins.attachment(x)) is not None]
+        if len(attached) != 1 or attached[0][1].softmax.outcome.met_values:
             return None
-        side = 0 if attached[1] is None else 1
-        weights, values, tracked = tensors[side], tensors[1 - side], attached[side]
-        softmax = tracked.softmax
-        if softmax.outcome.met_values or not call.origins.of(values).is_data:
+        [(weights, tracked)] = attached
+        softmax, layout = tracked.softmax, call.origins.layout_of(weights)
+        met = _met_values(call, weights, layout, softmax)
+        if met is None:
             return None
-        axes = _axes_of_product(call, softmax, weights, side)
-        if axes is None or axes[2] != softmax.axis:
+        key_axis = softmax.layout.axes[softmax.axis]
+        if softmax.tag is None and is_features(key_axis) and is_features(met.keys):
+            softmax.outcome.reason = _OF_FEATURES
             return None
-        softmax.outcome.met_values, product = True, softmax.product
-        scores, n_sinks = _scores_of_product(tracked, axes, side)
-        if scores.dim() == 3:
-            scores = with_heads(scores, product, [frame.module for frame in reversed(call.frames[-2:])])
-        return AttentionCall(
-            "",
-            None,
-            None,
-            model_scores=four_dimensional(scores),
-            n_sinks=n_sinks,
-            self_attention=same_sequence(product[0], product[1], call.frames) if product else None,
+        reader = _Reader(call, tracked, met)
+        softmax.outcome.met_values = True
+        of_result = call.origins.of(call.result)
+        of_result.layout = call.origins.layout_of(call.result).untagged()  # what comes out are tokens, not scores
+        return reader.read(layout)
+
+
+def _met_values(call: FunctionCall, weights: Tensor, layout: Layout, softmax: SoftmaxInput) -> MetValues | None:
+    """Tell how weights meet the values in a product that sums over their columns; None where it is no such product."""
+    found = letters_of_product(call.func, call.args, call.kwargs, list(tensors_in((*call.args, *call.kwargs.values()))))
+    if found is None:
+        return None
+    tensors, terms, output = found
+    if not any(tensor is weights for tensor in tensors):
+        return None
+    ours = next(term for tensor, term in zip(tensors, terms, strict=True) if tensor is weights)
+    others = [
+        (tensor, term)
+        for tensor, term in zip(tensors, terms, strict=True)
+        if tensor is not weights and call.origins.is_data(tensor)
+    ]
+    if len(others) != 1:
+        return None
+    [(values, theirs)] = others
+    columns = [at for at, axis in enumerate(layout.axes) if any(part.source is softmax.columns for part in axis)]
+    if len(columns) != 1 or len(layout.axes[columns[0]]) != 1:
+        return None
+    letter = ours[columns[0]]
+    if letter in output or letter not in theirs:
+        return None
+    of_values = call.origins.layout_of(values)
+    shared = {letter for letter in ours if letter in theirs and of_values.axes[theirs.index(letter)]}
+    others_of_weights = [at for at in range(len(layout.axes)) if at != columns[0]]
+    free, both = (
+        frozenset(
+            (p.source, p.stride) for at in others_of_weights if (ours[at] in shared) == wanted for p in layout.axes[at]
         )
+        for wanted in (False, True)
+    )
+    return MetValues(free, both, untagged(of_values.axes[theirs.index(letter)]), of_values)
 
 
-# A router's softmax follows its layer by a few views, casts and masks; in a module that has no layer of its own the way
-# back would lead through the whole model.
-_MOST_STEPS = 20
-
-
-def _is_over_features(origin: Origin) -> bool:
-    """Whether a softmax is over what a layer puts out, as in a router, and not over positions."""
-    for _ in range(_MOST_STEPS):
-        if origin.is_projection:
-            return origin.shape[-1] != 1  # one number for each position: additive attention
-        parents = [parent for parent in origin.parents if parent.is_data]
-        if not parents:
-            return False
-        origin = parents[0]
-    return False
-
-
-Axes = tuple[Sequence[int], Sequence[int], int]  # of scores: batch and heads, queries, keys
-
-
-def _axes_of_product(call: FunctionCall, softmax: SoftmaxInput, weights: Tensor, side: int) -> Axes | None:
-    """Tell the axes of scores apart by the product in which their weights meet the values.
+class _Reader:
+    """Reads the weights of a softmax that have met the values as an attention call.
 
     Args:
-        call: the product.
-        softmax: softmax that the weights are the result of.
-        weights: weights as they are multiplied.
-        side: 0 for ``weights @ values``, 1 for ``values @ weights``.
-
-    Returns:
-        axes: None when the weights are not those of keys for queries.
+        call: the product in which they have.
+        tracked: the weights.
+        met: how they have.
     """
-    if call.func is torch.einsum and weights.dim() == softmax.scores.dim():
-        return _axes_of_einsum(call, weights, side)
-    return _axes_of_matmul(softmax, weights, side)
+
+    def __init__(self, call: FunctionCall, tracked: TrackedWeights, met: MetValues) -> None:
+        self.call, self.tracked, self.softmax, self.met = call, tracked, tracked.softmax, met
+        tag = self.softmax.tag
+        self.product: Product | None = None if tag is None else tag.product
+        self.key_side = 1 if tag is None else tag.side
+        self.over = "tokens" if tag is None else self.product.is_over(self.key_side)  # type: ignore[union-attr]
+
+    def read(self, met_with: Layout) -> AttentionCall:
+        """Return the call.
+
+        Args:
+            met_with: what the axes of the weights are made of where they met the values.
+
+        Raises:
+            NotUnderstoodError: when it cannot be told what they are.
+        """
+        softmax = self.softmax
+        scores = softmax.readable_scores()
+        roles = self._roles(softmax.layout, scores.shape, softmax.axis)
+        kept = next(part for part in met_with.parts if part.source is softmax.columns)
+        if self._has_keys_besides(kept):  # the values of several kinds of keys are met one after the other
+            kept = kept._replace(size=softmax.columns.size, start=0)
+        relation = self._relation(roles, scores.shape[softmax.axis] - kept.size)
+        arranged = roles.arranged(scores)  # (B, H, Q, columns)
+        n_sinks = arranged.shape[-1] - kept.size
+        given: dict[str, Any] = {"model_scores": _columns_last(arranged, kept.start, kept.size), "n_sinks": n_sinks}
+        if self.tracked.weights is not None:
+            given = self._changed(given, kept.start, kept.size)
+        return AttentionCall("", None, None, **given, windows=roles.n_windows, assumed=roles.assumed, **relation)
+
+    def _has_keys_besides(self, kept: Part) -> bool:
+        """Whether columns that were not met are scores of keys too, and no learned sinks."""
+        axis = self.softmax.layout.axes[self.softmax.axis]
+        segments = [segment for part in axis for segment in part.source.segments] if len(axis) == 1 else []
+        return any(
+            tag_of(inner) is not None and not kept.start <= start < kept.start + kept.size for start, inner in segments
+        )
+
+    def _roles(self, layout: Layout, shape: torch.Size, columns: int) -> Roles:
+        said, first = self.call.said_heads, self.call.origins.first
+        roles = of_scores(layout, shape, columns, self.product, self.key_side, self.met, first, said)
+        if self.product is None and not is_features(self.softmax.layout.axes[self.softmax.axis]):
+            free = [p for p in _parts(layout, columns) if p is not None and self.met.is_free(p)]
+            if any(part.source.kind is SourceKind.FEATURES for part in free):
+                raise NotUnderstoodError(_OF_FEATURES)
+        return roles
+
+    def _relation(self, roles: Roles, n_sinks: int) -> dict[str, Any]:
+        """Tell whether queries and keys are the same tokens, and where the queries are."""
+        softmax, met = self.softmax, self.met
+        if self.over == "channels":
+            return {"self_attention": True, "over": "channels", "positions_known": False}
+        if self.product is None:
+            parts = _parts(softmax.layout, softmax.axis)
+            rows = tuple(part for i in roles.rows if (part := parts[i]) is not None)
+            origin = self.call.origins.of(softmax.scores)
+            if not rows or is_features(rows):  # pooling; queries that a layer makes for each place
+                return {"self_attention": None, "positions_known": False}
+            return self.call.relation(
+                (origin, Layout((rows,)), rows), (origin, met.layout, met.keys), own_keys=roles.own_keys
+            )
+        q, k = self.product.factors[1 - self.key_side], self.product.factors[self.key_side]
+        rows = q.axes(self.product.free(1 - self.key_side))
+        rows = tuple(part for part in rows if part.source.kind is not SourceKind.FEATURES)
+        if roles.own_keys:
+            own = {part.source for i in roles.rows if (part := _parts(softmax.layout, softmax.axis)[i]) is not None}
+            rows = tuple(part for part in q.layout.parts if part.source in own)
+        keys = untagged(softmax.layout.axes[softmax.axis])
+        if n_sinks or len(keys) != 1 or keys[0].source.segments:
+            keys = k.axes(self.product.free(self.key_side))
+        is_whole = math.prod(roles.sizes[i] for i in roles.rows) == math.prod(part.size for part in rows)
+        told = self.call.relation((q.origin, q.layout, rows), (k.origin, k.layout, keys), own_keys=roles.own_keys)
+        if not is_whole and told.get("query_positions") is not None:
+            told |= {"query_positions": None, "positions_known": False}
+        return told
+
+    def _changed(self, given: dict[str, Any], start: int, kept: int) -> dict[str, Any]:
+        """Return what stands for the scores where the model has changed the weights after the softmax.
+
+        Rows that may see nothing, which the model sets to 0, are no change.
+
+        Raises:
+            NotUnderstoodError: when the weights do not sum to 1, and heads were not mixed.
+        """
+        weights, layout = self.tracked.weights, self.tracked.layout
+        assert weights is not None
+        assert layout is not None
+        columns = [at for at, axis in enumerate(layout.axes) if any(p.source is self.softmax.columns for p in axis)]
+        if len(columns) != 1 or len(layout.axes[columns[0]]) != 1:
+            raise NotUnderstoodError("after the softmax its weights were given axes that cannot be told apart")
+        # half precision rounds to three digits
+        tolerance = 1e-5 if weights.dtype in (torch.float32, torch.float64) else 1e-2
+        used = self._roles(layout, weights.shape, columns[0]).arranged(weights).float()  # (B, H, Q, K)
+        part = layout.axes[columns[0]][0]
+        used = used[..., start - part.start : start - part.start + kept]
+        before = given["model_scores"].float().softmax(-1)[..., :kept]
+        total = used.sum(-1, keepdim=True)
+        is_nothing = ~(total.abs() > tolerance)  # also NaN
+        of_softmax = {p.source for p in self.softmax.layout.parts} | {self.softmax.columns}
+        is_mixed = any(p.source not in of_softmax for p in layout.parts)
+        if used.shape == before.shape:
+            is_same = ((used - before).abs() <= tolerance) | (used == 0) & (before <= tolerance)
+            if bool((is_same | is_nothing).all()):
+                return given
+        # the sum adds up the rounding of all columns
+        sums_to_1 = ((total - 1).abs() <= 100 * tolerance) | is_nothing
+        if bool(sums_to_1.all()) and bool((used >= 0).all()):
+            return {"model_scores": used.log()}
+        if is_mixed:
+            return {"model_weights": used}
+        raise NotUnderstoodError("after the softmax its weights were changed to others that do not sum to 1")
 
 
-def _axes_of_matmul(softmax: SoftmaxInput, weights: Tensor, side: int) -> Axes | None:
-    """Tell axes apart in ``weights @ values``, or in ``values @ weights`` with keys before queries."""
-    n, shape, axis = softmax.scores.dim(), softmax.scores.shape, softmax.axis
-    rows = weights.shape[-2 if side == 0 else -1]
-    if n == 2 and rows == 1 and axis == 1:  # (B, K): one query, such as the state of an RNN
-        return (0,), (), 1
-    if axis == n - 1 and rows == shape[-2]:
-        return range(n - 2), (n - 2,), n - 1
-    if axis == n - 2 and rows == shape[-1]:  # the scores are keys x queries
-        return range(n - 2), (n - 1,), n - 2
-    return None  # its rows have become a batch: each mixes its own experts
+def _parts(layout: Layout, columns: int) -> list[Any]:
+    """List the parts as Roles numbers them: the axis of the columns is one."""
+    return [part for at, axis in enumerate(layout.axes) for part in ([None] if at == columns else axis)]
 
 
-def _axes_of_einsum(call: FunctionCall, weights: Tensor, side: int) -> Axes | None:
-    """Tell axes apart by the letters of an equation.
-
-    Keys are summed over. Queries are not in the values, nor are heads that share values.
-    """
-    terms = _terms_of_einsum(call, weights.dim(), side)
-    if terms is None:
-        return None
-    ours, theirs, output = terms
-    batch = [i for i, letter in enumerate(ours) if letter in theirs and letter in output]
-    rows = [i for i, letter in enumerate(ours) if letter not in theirs and letter in output]
-    keys = [i for i, letter in enumerate(ours) if letter in theirs and letter not in output]
-    if len(keys) != 1 or len(batch) + len(rows) + 1 != len(ours):
-        return None
-    if not rows and len(ours) > 2:
-        return None
-    return [*batch, *rows[:-1]], rows[-1:], keys[0]
-
-
-def _terms_of_einsum(call: FunctionCall, n_axes: int, side: int) -> tuple[str, str, str] | None:
-    """Return the letters of the weights, of the values and of the output, with digits for an ellipsis."""
-    equation = call.args[0] if call.args and isinstance(call.args[0], str) else ""
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2 or not output:
-        return None
-    ours, theirs = terms[side], terms[1 - side]
-    if "..." in ours:
-        letters = "".join(chr(ord("0") + i) for i in range(n_axes - len(ours) + len("...")))
-        ours, theirs, output = (term.replace("...", letters) for term in (ours, theirs, output))
-    return ours, theirs, output
-
-
-def _scores_of_product(tracked: TrackedWeights, axes: Axes, side: int) -> tuple[Tensor, int]:
-    """Return the scores (..., Q, K + n_sinks), columns that the values never meet last, and the number of those."""
-    batch, rows, columns = axes
-    scores = tracked.softmax.readable_scores()
-    width = scores.shape[columns]
-    keeps_columns_last = side == 0 and columns == scores.dim() - 1
-    kept = tracked.shape[columns - scores.dim()] if keeps_columns_last else width
-    changed = tracked.changed_scores(scores, columns, kept)
-    if changed is not None:
-        scores, width = changed, kept
-    shape = [scores.shape[axis] for axis in batch]
-    Q = math.prod(scores.shape[axis] for axis in rows)
-    scores = scores.permute(*batch, *rows, columns).reshape(*shape, Q, width)
-    if kept < width:
-        start, stop = tracked.start, tracked.start + kept
-        scores = torch.cat([scores[..., start:stop], scores[..., :start], scores[..., stop:]], -1)
-    return scores, width - kept
+def _columns_last(scores: Tensor, start: int, kept: int) -> Tensor:
+    """Return scores with the columns that the values never meet last."""
+    if scores.shape[-1] == kept:
+        return scores
+    stop = start + kept
+    return torch.cat([scores[..., start:stop], scores[..., :start], scores[..., stop:]], -1)
