@@ -130,7 +130,7 @@ class AttentionRecorder(HasOptions):
 
     @property
     def roles(self) -> dict[str, dict[str, int]]:
-        """Roles that heads have now: head -> role -> step at which it took that on."""
+        """Roles that heads have now: head -> role -> step at which that was first seen."""
         return self._roles.since()
 
     def check_probes(self, precision: AbstractContextManager[Any] | None = None) -> None:
@@ -230,7 +230,7 @@ class AttentionRecorder(HasOptions):
 
     def sample_probes(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probes alone, but for those that have been run at the step before."""
-        self._keep_probed(self._probes.run_final(step, precision))
+        self._keep_probed(self._probes.run_final(step, self.snapshots, precision))
 
     def close(self, *, complete: bool = True) -> None:
         """Have everything written.
