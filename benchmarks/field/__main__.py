@@ -1,6 +1,7 @@
 """Runs the models and writes the table: ``python -m benchmarks.field [--only timm] [-o table.md]``."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -29,8 +30,8 @@ def main(args: list[str] | None = None) -> list[Row]:
     torch.set_num_threads(1)  # sums are taken in one order, so that losses can be compared to the bit
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     make_importable()
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore")  # of the packages; what capture says is looked at where it is said
+    logging.disable()
     models = [
         model
         for model in all_models()

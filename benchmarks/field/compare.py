@@ -79,19 +79,19 @@ def compare(sites: Sequence[TrueSite], calls: Sequence[AttentionCall], sentences
     counts: dict[str, int] = defaultdict(int)
     for site in sites:
         if site.pattern is not None:
-            counts[site.path] += 1
+            counts[site.name] += 1
     for site in sites:
-        ours = of_path[site.path]
+        ours = of_path[site.name]
         if site.pattern is None:
             verdict = _judge_nothing(site, ours, sentences)
             ours.clear()
         elif not ours:
-            verdict = "refused with a sentence" if _is_said(site.path, sentences) else "left out in silence"
+            verdict = "refused with a sentence" if _is_said(site.name, sentences) else "left out in silence"
         else:
             verdict = _judge(site, ours.pop(0), outcome)
         outcome.verdicts.append(verdict)
         if verdict == "left out in silence":
-            outcome.notes.append(f"{site.path}: left out in silence")
+            outcome.notes.append(f"{site.name}: left out in silence")
     for path, left in of_path.items():
         if left:
             where = path or left[0].site
@@ -101,10 +101,10 @@ def compare(sites: Sequence[TrueSite], calls: Sequence[AttentionCall], sentences
 
 
 def _owner(site: str, sites: Sequence[TrueSite]) -> str:
-    """Return the path of the true site that a call is of: that of its module, or of the nearest around it."""
+    """Return the name of the true site that a call is of: that of its module, or of the nearest around it."""
     path = re.sub(r"\[\d+\]$", "", site)
-    around = [true.path for true in sites if path == true.path or path.startswith(true.path + ".")]
-    return max(around, key=len, default="")
+    around = [true for true in sites if not true.path or path == true.path or path.startswith(true.path + ".")]
+    return max(around, key=lambda true: len(true.path)).name if around else ""
 
 
 def _judge_nothing(site: TrueSite, calls: Sequence[AttentionCall], sentences: Sequence[str]) -> str:
@@ -112,7 +112,7 @@ def _judge_nothing(site: TrueSite, calls: Sequence[AttentionCall], sentences: Se
         return "wrong"
     if site.kind.shows == "silence":
         return "right"
-    return "refused with a sentence" if _is_said(site.path, sentences) else "left out in silence"
+    return "refused with a sentence" if _is_said(site.name, sentences) else "left out in silence"
 
 
 def _judge(site: TrueSite, call: AttentionCall, outcome: Outcome) -> str:
@@ -136,7 +136,7 @@ def _judge(site: TrueSite, call: AttentionCall, outcome: Outcome) -> str:
         if not error <= TOLERANCE:
             wrong.append(f"pattern differs by {error:.1g}")
     if wrong:
-        outcome.notes.append(f"{site.path}: {', '.join(wrong)}")
+        outcome.notes.append(f"{site.name}: {', '.join(wrong)}")
     return "wrong" if wrong else "right"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -12,9 +12,10 @@ class Kind:
     """What is known of the attention in one class of module.
 
     Attributes:
-        module: name of the class, in whose forward the softmax is.
+        module: name of the class, in whose forward the softmax is, or in that of a module inside it.
         axes: axes of what goes into the softmax, as einops writes them: ``h`` heads, ``q`` queries, ``k`` keys, every
-            other letter is one more batch-like axis. ``q`` and ``h`` are left out where there is no such axis.
+            other letter is one more batch-like axis. ``q`` and ``h`` are left out where there is no such axis. Where
+            a module has several ways, they differ in their number of axes: ``b h q k | (b h) q k``.
         heads: number of heads, or the attribute of the module that says it.
         shows: what is right to show. ``tokens``: the pattern. ``channels``: the pattern, which has no positions, or a
             sentence. ``nothing``: no pattern but a sentence, as in linear attention. ``silence``: no pattern, and no
@@ -22,10 +23,12 @@ class Kind:
         is_self: whether queries and keys are the same sequence; None: open to opinion.
         offset: position of the first query among the keys, for queries that are fewer than the keys; ``none``: they are
             not positions in a row, so that none may be told; None: not looked at.
-        weights: where the weights are that the values are multiplied with, when they are not the result of the
-            softmax: ``attn_drop.input`` or ``mix.output``, of a module inside this one.
-        loop: what the softmaxes of one forward are together, when they are written as a loop: ``h`` or ``q``.
-        sizes: sizes of letters in brackets that cannot be told from the rest, or the attributes that say them.
+        where: shell pattern of the paths of the modules that this is known of.
+        after: what the module makes of the result of the softmax before it meets the values.
+        weights: where what it makes of them is seen, when it is a module inside this one that makes it:
+            ``attn_drop.input`` or ``mix.output``.
+        loop: what the softmaxes of one forward are together, when they are written as a loop: ``h`` and ``q`` are an
+            axis that each of them lacks, ``slices`` are parts of the first axis.
     """
 
     module: str
@@ -34,9 +37,15 @@ class Kind:
     shows: Literal["tokens", "channels", "nothing", "silence"] = "tokens"
     is_self: bool | None = True
     offset: int | Literal["none"] | None = None
+    where: str = "*"
+    after: Callable[[Any, Tensor], Tensor] | None = None
     weights: str = ""
-    loop: Literal["", "h", "q"] = ""
-    sizes: Sequence[tuple[str, int | str]] = ()
+    loop: Literal["", "h", "q", "slices"] = ""
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether there is a pattern to be shown."""
+        return self.shows in ("tokens", "channels")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from .compare import VERDICTS, Outcome, captured, compare
 from .expectation import FieldModel
-from .training import is_unchanged, make
+from .training import DIFFERS, is_unchanged, make
 from .truth import TrueSite, true_sites
 
 _LONGEST = 160
@@ -61,7 +61,7 @@ def row_of(model: FieldModel, *, with_training: bool = True) -> Row:
             row.training = is_unchanged(model)
         except Exception as error:
             row.training = f"failed: {_short(error)}"
-        if row.training in ("losses differ", "weights differ"):
+        if row.training == DIFFERS:
             row.verdict = "wrong"
     return row
 

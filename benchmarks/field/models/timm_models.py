@@ -9,14 +9,9 @@ import torch
 from torch import nn
 
 from ..expectation import FieldModel, Kind
-
-IMAGES = 3  # not 2 or 4, so that they are not as many as heads
+from .building import IMAGES, images
 
 MODELS: list[FieldModel] = []
-
-
-def _images(size: int) -> tuple[torch.Tensor]:
-    return (torch.randn(IMAGES, 3, size, size),)
 
 
 def _build(fused: bool | None, make: Callable[[], nn.Module]) -> nn.Module:
@@ -59,7 +54,7 @@ def _add(
 ) -> None:
     for suffix, is_fused in _ways(both):
         build = partial(_build, fused if is_fused is None else is_fused, partial(_listed, name, options))
-        inputs = inputs or partial(_images, size)
+        inputs = inputs or images(size)
         MODELS.append(FieldModel("timm", (label or name) + suffix, build, inputs, kinds, sites))
 
 
@@ -68,7 +63,7 @@ def _add_class(
 ) -> None:
     for suffix, fused in _ways(both):
         build = partial(_build, fused, partial(_of_class, path, make))
-        MODELS.append(FieldModel("timm", name + suffix, build, partial(_images, size), kinds, sites))
+        MODELS.append(FieldModel("timm", name + suffix, build, images(size), kinds, sites))
 
 
 # Plain attention (B, H, Q, K), also where windows are sequences of a batch.
@@ -358,7 +353,7 @@ _add(
 )
 _add("visformer_tiny", ATTENTION, sites=2, both=True, img_size=64, embed_dim=32, depth=(1, 1, 1), num_heads=4)
 _add("pit_ti_224", ATTENTION, sites=2, both=True, img_size=64, base_dims=(8, 8), depth=(1, 1), heads=(2, 4))
-_add("mobilevit_xxs", ATTENTION, sites=9, both=True)
+_add("mobilevit_xxs", ATTENTION, sites=9, size=128, both=True)
 _add("mobilevitv2_050", Kind("LinearSelfAttention", shows="nothing"), sites=0)
 _add("botnet26t_256", Kind("BottleneckAttn", "(b h) q k"), sites=3, img_size=64)
 _add("halonet26t", Kind("HaloAttn", "(b h) w q k", offset="none"), sites=3, size=256)
@@ -397,7 +392,7 @@ _add(
     depths=(1, 1, 3, 3),
     attn_groups=(0, 0, 1, 1),
 )
-_add("shvit_s1", Kind("SHSA", "b q k", heads=1), sites=2, depth=(1, 1, 1))
+_add("shvit_s1", Kind("SHSA", "b q k", heads=1), sites=2, size=128, depth=(1, 1, 1))
 _add("lowformer_b0", Kind("ConvAttention"), sites=2, both=True, depth_list=(0, 1, 1, 1, 1))
 _add("cpubone_nano", Kind("ConvAttention"), sites=2, both=True, depth_list=(0, 1, 1, 1, 1))
 _add("swiftformer_xs", Kind("EfficientAdditiveAttention", shows="nothing"), sites=0, layers=(1, 1, 1, 1))
