@@ -440,8 +440,10 @@ def _repeat_interleave(step: Step) -> Layout:
 def _cat(step: Step) -> Layout:
     pieces: Sequence[Tensor] = step.argument(0, "tensors")
     made, dim = step.made[0], step.argument(1, "dim", step.kwargs.get("axis", 0))
-    pieces = [piece for piece in pieces if piece.dim() == made.dim()]
     dim %= made.dim()
+    pieces = [piece for piece in pieces if piece.dim() == made.dim() and piece.shape[dim] > 0]
+    if len(pieces) == 1:
+        return step.layout(pieces[0])
     layouts = [step.layout(piece) for piece in pieces]
     whole = _merged(step, pieces, layouts, [size if at != dim else 1 for at, size in enumerate(made.shape)])
     sizes = [piece.shape[dim] for piece in pieces]

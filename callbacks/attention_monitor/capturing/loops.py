@@ -37,9 +37,26 @@ class Clue:
     depth: tuple[int, int]
 
     @classmethod
-    def of(cls, query: Layout, rows: Axis, keys: Axis, depth: tuple[int, int], weight: Tensor | None = None) -> "Clue":
-        """Collect the clues of a call; ``weight`` is what it projects its queries with itself."""
-        own = set(rows)
+    def of(
+        cls,
+        query: Layout,
+        rows: Axis,
+        keys: Axis,
+        depth: tuple[int, int],
+        weight: Tensor | None = None,
+        contracted: Axis = (),
+    ) -> "Clue":
+        """Collect the clues of a call.
+
+        Args:
+            query: what the axes of the queries are made of.
+            rows: their axis of queries.
+            keys: axis of the keys.
+            depth: newest attention on which queries and keys depend.
+            weight: what the call itself projects its queries with.
+            contracted: axis of the queries that is summed over.
+        """
+        own = {*rows, *contracted}
         places = [part for part in query.parts if part.source.kind is not SourceKind.FEATURES and part not in own]
         at = frozenset(entry for entry in query.fixed if entry[0].kind is not SourceKind.FEATURES)
         of_heads = [(part.source, part.start) for part in query.parts if part.source.kind is SourceKind.FEATURES]

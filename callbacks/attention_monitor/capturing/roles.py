@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attention_call import AttentionCall
 from .axes import Axis, Layout, Part, Source, SourceKind, is_features, sources_of
+from .origin import Origin
 from .products import Product
 
 # Names that modules have for their number of heads.
@@ -80,6 +81,7 @@ def of_scores(
     met: "MetValues",
     first: Source | None,
     said: int | None,
+    is_known: bool = True,
 ) -> Roles:
     """Tell the axes of scores, or of weights, apart.
 
@@ -92,6 +94,7 @@ def of_scores(
         met: how they met the values.
         first: first axis of what was given to the model: samples, in most models.
         said: number of heads that the module says it has.
+        is_known: whether it was seen what made the scores.
     """
     parts: list[Part | None] = []
     sizes: list[int] = []
@@ -116,11 +119,12 @@ def of_scores(
         if part is None:
             continue
         tagged = product is not None and part.tag is not None and part.tag.product is product
-        is_free = tagged or (part.tag is None and met.is_free(part) and not _is_shared(product, part.source))
+        is_row = tagged and part.tag is not None and part.tag.side != key_side
+        is_free = is_row or (part.tag is None and met.is_free(part) and not _is_shared(product, part.source))
         features = part.source.kind is SourceKind.FEATURES
         if is_free and (not features or over_channels or part.source in set(sources_of(keys))):
             roles.rows.append(i)
-        elif is_free and features and product is None:
+        elif is_free and features and part.source not in contracted:
             free_features.append(i)
         elif features or (part.source in contracted and not tagged):
             roles.heads.append(i)
@@ -128,7 +132,7 @@ def of_scores(
             unknown.append(i)
         else:
             batch.append(i)
-    if free_features:  # of a layer that puts out scores: more heads, or queries of a place
+    if free_features:  # of a layer that puts out scores, or that mixes tokens: more heads, or queries
         group = roles.rows if roles.heads and not roles.rows else roles.heads
         group += free_features
         group.sort()
@@ -137,7 +141,12 @@ def of_scores(
         if own:
             roles.rows, roles.own_keys = own, True
             batch = [i for i in batch if i not in own]
-    seen = bool(roles.heads) or product is None or _is_projected(product)
+    if not roles.rows and len(layout.axes) >= 4 and not batch:  # all unknown, (..., heads, queries, keys)
+        last = max(axis_of_part[i] for i in unknown) if unknown else -1
+        roles.rows = [i for i in unknown if axis_of_part[i] == last]
+        unknown = [i for i in unknown if i not in roles.rows]
+        roles.own_keys = bool(roles.rows)
+    seen = bool(roles.heads) or (is_known if product is None else _is_projected(product))
     attended = key_sources | {p.source for i in roles.rows if (p := parts[i])}
     documented = _before(axis_of_part, layout, roles)
     _place_unknown(roles, batch, unknown, _not_in(attended, documented, parts), seen, said)
@@ -154,12 +163,14 @@ class MetValues:
         shared: the same of the axes that the values have too.
         keys: axis of the values that was summed over.
         layout: what the axes of the values are made of.
+        origin: where the values come from.
     """
 
     free: Collection[tuple[Source, int]]
     shared: Collection[tuple[Source, int]]
     keys: Axis
     layout: Layout
+    origin: Origin
 
     def is_free(self, part: Part) -> bool:
         """Whether the weights alone have a part."""

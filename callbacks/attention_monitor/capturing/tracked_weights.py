@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .attention_call import NotUnderstoodError
-from .axes import Layout, Part, Source, Tag
+from .axes import Layout, Part, Source, SourceKind, Tag, is_features
 
 
 @dataclass(eq=False)
@@ -50,12 +50,20 @@ class SoftmaxInput:
 
     @classmethod
     def of(
-        cls, given: Tensor, layout: Layout, result: Tensor, axis: int, tag: Tag | None, outcome: SoftmaxOutcome
+        cls,
+        given: Tensor,
+        layout: Layout,
+        result: Tensor,
+        axis: int,
+        tag: Tag | None,
+        outcome: SoftmaxOutcome,
     ) -> "SoftmaxInput":
         """Remember a softmax that has just been taken of ``given``."""
         # softmax(scores, out=scores) leaves the scores up to a constant
         scores = result.detach().log() if result.data_ptr() == given.data_ptr() else given.detach()
-        columns = Source(given.shape[axis], segments=[(0, layout.axes[axis])], is_columns=True)
+        of_axis = layout.axes[axis]
+        kind = SourceKind.FEATURES if is_features(of_axis) else SourceKind.PLACES
+        columns = Source(given.shape[axis], kind, segments=[(0, of_axis)], is_columns=True)
         versions = _version(scores), _version(result)
         return cls(scores, layout, weakref.ref(result), versions, axis, columns, tag, outcome)
 

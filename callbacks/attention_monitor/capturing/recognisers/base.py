@@ -62,6 +62,7 @@ class FunctionCall:
         own_keys: bool = False,
         projects: bool = False,
         weight: Tensor | None = None,
+        contracted: Axis = (),
     ) -> dict[str, Any]:
         """Tell whether queries and keys are the same tokens, and where the queries are among the keys.
 
@@ -71,6 +72,7 @@ class FunctionCall:
             own_keys: whether every query has keys of its own.
             projects: whether the function itself projects them.
             weight: weight that it projects the queries with.
+            contracted: axis of the queries that is summed over.
 
         Returns:
             Arguments of AttentionCall.
@@ -79,7 +81,7 @@ class FunctionCall:
         q_layout, k_layout, rows, keys = q_layout.untagged(), k_layout.untagged(), untagged(rows), untagged(keys)
         if not keys:  # there is but one
             keys = tuple(part for part in singles_of(k_layout) if part.source.kind is not SourceKind.FEATURES)
-        self.clue = Clue.of(q_layout, rows, keys, (q_origin.mixed, k_origin.mixed), weight)
+        self.clue = Clue.of(q_layout, rows, keys, (q_origin.mixed, k_origin.mixed), weight, untagged(contracted))
         found = places(q_layout, rows, k_layout, keys, own_keys=own_keys)
         told: dict[str, Any] = {"self_attention": None}
         if found.same_tokens and q_origin.mixed == k_origin.mixed:

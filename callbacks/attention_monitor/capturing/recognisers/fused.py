@@ -63,7 +63,12 @@ def read_fused(
     if is_features(rows) and is_features(keys) and not _has_features(of_query, k_layout):
         relation: dict[str, Any] = {"self_attention": True, "over": "channels", "positions_known": False}
     else:
-        relation = call.relation((q_origin, q_layout, rows), (k_origin, k_layout, keys), own_keys=roles.own_keys)
+        relation = call.relation(
+            (q_origin, q_layout, rows),
+            (k_origin, k_layout, keys),
+            own_keys=roles.own_keys,
+            contracted=q_layout.axes[-1],
+        )
     common: dict[str, Any] = {"windows": roles.n_windows, "assumed": roles.assumed, **relation}
     if roles.own_keys:
         scores = _scores(q, k.expand(*leading, -1, -1), mask, **options)  # (..., 1, K)

@@ -70,6 +70,7 @@ class MultiHeadAttention(Recogniser):
                 (origins.of(key), k_layout, k_axis),
                 projects=True,
                 weight=in_proj_weight if in_proj_weight is not None else q_proj_weight,
+                contracted=q_layout.axes[-1],
             )
         if query is key and relation["self_attention"] is None:
             relation["self_attention"] = True

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention_call import AttentionCall, NotUnderstoodError
-from ..axes import Layout, Part, SourceKind, is_features, tag_of, untagged
+from ..axes import Layout, Part, SourceKind, Tag, is_features, tag_of, untagged
 from ..axis_rules import letters_of_product
+from ..loops import Clue
 from ..products import Product
 from ..provenance import tensors_in
 from ..roles import MetValues, Roles, of_scores
@@ -60,7 +61,7 @@ class ExplicitSoftmax(Recogniser):
             return
         layout = call.origins.layout_of(input)
         tag = tag_of(layout.axes[dim])
-        if tag is not None and tag.product.is_over(tag.side) is None:
+        if tag is not None and (tag.product.is_over(tag.side) is None or not _has_rows(layout, tag)):
             tag = None
         named = [frame for frame in call.frames[-2:] if looks_like_attention(frame.module)]
         if tag is None and not named:
@@ -90,6 +91,14 @@ class ExplicitSoftmax(Recogniser):
         of_result = call.origins.of(call.result)
         of_result.layout = call.origins.layout_of(call.result).untagged()  # what comes out are tokens, not scores
         return reader.read(layout)
+
+
+def _has_rows(layout: Layout, tag: Tag) -> bool:
+    """Whether the axes of the other factor are still there: what has been projected since is no product any more."""
+    rows = Tag(tag.product, 1 - tag.side)
+    if not tag.product.factors[rows.side].axes(tag.product.free(rows.side)):
+        return True  # a single query
+    return any(tag_of((part,)) == rows for part in layout.parts)
 
 
 def _met_values(call: FunctionCall, weights: Tensor, layout: Layout, softmax: SoftmaxInput) -> MetValues | None:
@@ -124,7 +133,7 @@ def _met_values(call: FunctionCall, weights: Tensor, layout: Layout, softmax: So
         )
         for wanted in (False, True)
     )
-    return MetValues(free, both, untagged(of_values.axes[theirs.index(letter)]), of_values)
+    return MetValues(free, both, untagged(of_values.axes[theirs.index(letter)]), of_values, call.origins.of(values))
 
 
 class _Reader:
@@ -176,7 +185,9 @@ class _Reader:
 
     def _roles(self, layout: Layout, shape: torch.Size, columns: int) -> Roles:
         said, first = self.call.said_heads, self.call.origins.first
-        roles = of_scores(layout, shape, columns, self.product, self.key_side, self.met, first, said)
+        sources = {part.source for part in self.met.layout.parts}
+        known = any(part.source in sources for part in layout.parts)  # or they come from what was not seen
+        roles = of_scores(layout, shape, columns, self.product, self.key_side, self.met, first, said, known)
         if self.product is None and not is_features(self.softmax.layout.axes[self.softmax.axis]):
             free = [p for p in _parts(layout, columns) if p is not None and self.met.is_free(p)]
             if any(part.source.kind is SourceKind.FEATURES for part in free):
@@ -192,7 +203,9 @@ class _Reader:
             parts = _parts(softmax.layout, softmax.axis)
             rows = tuple(part for i in roles.rows if (part := parts[i]) is not None)
             origin = self.call.origins.of(softmax.scores)
-            if not rows or is_features(rows):  # pooling; queries that a layer makes for each place
+            if not rows or is_features(rows):  # pooling, a state; queries that a layer makes for each place
+                depth = origin.mixed, met.origin.mixed
+                self.call.clue = Clue(rows, frozenset(), frozenset(), frozenset(), met.keys, depth)
                 return {"self_attention": None, "positions_known": False}
             return self.call.relation(
                 (origin, Layout((rows,)), rows), (origin, met.layout, met.keys), own_keys=roles.own_keys
@@ -207,7 +220,12 @@ class _Reader:
         if n_sinks or len(keys) != 1 or keys[0].source.segments:
             keys = k.axes(self.product.free(self.key_side))
         is_whole = math.prod(roles.sizes[i] for i in roles.rows) == math.prod(part.size for part in rows)
-        told = self.call.relation((q.origin, q.layout, rows), (k.origin, k.layout, keys), own_keys=roles.own_keys)
+        told = self.call.relation(
+            (q.origin, q.layout, rows),
+            (k.origin, k.layout, keys),
+            own_keys=roles.own_keys,
+            contracted=q.axes(self.product.contracted),
+        )
         if not is_whole and told.get("query_positions") is not None:
             told |= {"query_positions": None, "positions_known": False}
         return told
