@@ -124,6 +124,8 @@ def _has_size(axis: Axis, size: int) -> bool:
 
 def elementwise(step: Step) -> Sequence[Layout]:
     """Axes stay what they are; of several tensors, each axis is that of the one that says most."""
+    if not step.given:
+        return [new_layout(made.shape) for made in step.made]  # a constant
     return [_broadcast(step, step.given, made.shape) for made in step.made]
 
 
@@ -291,7 +293,9 @@ def _indexed(step: Step, x: Tensor, index: Any) -> Layout:
         else:
             picks = i if isinstance(i, Tensor) else torch.as_tensor(i)
             if picks.dtype == torch.bool:
-                raise NotImplementedError
+                if picks.dim() != 1:
+                    raise NotImplementedError
+                picks = picks.nonzero().flatten()
             if picks.dim() == 0:
                 raise NotImplementedError
             advanced.append((at, picks))

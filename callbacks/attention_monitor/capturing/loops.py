@@ -69,6 +69,11 @@ class Clue:
         return cls(rows, at, frozenset(places), heads, keys, depth)
 
     @property
+    def weights(self) -> set[Any]:
+        """Weights that make the queries, wherever in what they make."""
+        return {name[0] if isinstance(name, tuple) else name for name in self.heads}
+
+    @property
     def is_mixed(self) -> bool:
         """Whether its sequences are entries of an axis in which sequences and heads are one, not cut between them."""
         return any(
@@ -141,7 +146,8 @@ class Group:
         same_rows = clue.rows == of_last.rows and clue.at == of_last.at and clue.batch == of_last.batch
         if same_rows:
             is_new = bool(clue.heads) and all(clue.heads != other.heads for other in of_step)
-            if not is_new or shape[1] != 1 or call.shape != shape:
+            one_each = shape[1] == 1 and call.shape == shape
+            if not is_new or not (one_each or clue.weights == first[1].weights) or call.shape[2:] != shape[2:]:
                 return False
             if clue.depth != of_last.depth:
                 if frame != self.frame or self.said is None or len(self.members) >= self.said:
@@ -363,7 +369,7 @@ class Loops:
         self._end_newest()
         H, Q = call.shape[1:3]
         group = Group(path, frame, said, [(call, clue, path)] if clue is not None else [], notes)
-        if clue is None or 0 in call.shape or (H > 1 and Q > 1 and not is_slice(clue)):
+        if clue is None or 0 in call.shape or (H > 1 and Q > 1 and not is_slice(clue) and not call.with_gradients):
             self._on_call(path, call, notes)
         elif Q == 1:
             if path in self._steps:

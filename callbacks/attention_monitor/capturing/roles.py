@@ -3,6 +3,7 @@
 Shapes: B sequences (samples x windows), H heads, Q queries, K keys, D head dimensions.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,9 +108,6 @@ def of_scores(
     roles = Roles(sizes, columns=[i for i, part in enumerate(parts) if part is None])
     keys = tuple(part for part in (*layout.axes[columns], *met.keys))
     key_sources = _closure(keys)
-    if product is not None:
-        keys = (*product.factors[key_side].axes(product.free(key_side)), *met.keys)
-        key_sources = _closure(keys)
     contracted = _contracted_sources(product)
     over_channels = product is not None and product.is_over(key_side) == "channels"
     batch: list[int] = []
@@ -344,10 +342,12 @@ class Places:
     Attributes:
         same_tokens: whether both are the same tokens; None: not known.
         positions: (Q,) position of each query among the keys; None: not known.
+        is_seen: whether it was seen what made queries and keys.
     """
 
     same_tokens: bool | None
     positions: Tensor | None = None
+    is_seen: bool = True
 
 
 def places(query: Layout, rows: Axis, key: Layout, keys: Axis, *, own_keys: bool = False) -> Places:
@@ -361,7 +361,7 @@ def places(query: Layout, rows: Axis, key: Layout, keys: Axis, *, own_keys: bool
         own_keys: whether every query has keys of its own: the position is then the same for all.
     """
     if any(part.source.kind in (SourceKind.UNSEEN, SourceKind.COPIES) for part in (*rows, *keys)):
-        return Places(None)
+        return Places(None, is_seen=False)
     if not keys or 0 in [part.size for part in (*rows, *keys)]:
         return Places(None)
     Q = math.prod(part.size for part in rows)
@@ -429,6 +429,8 @@ def _locate(coordinates: dict[Source, Tensor], key: Layout, keys: Axis, Q: int) 
         inside = (index >= 0) & (index < part.size) & (ahead % part.stride == 0)
         valid &= inside
         position += inner * index.clamp(0, part.size - 1)
+        if part.stride != 1 and bool((ahead % part.stride != 0).any()):
+            return None  # some queries lie between two keys
     # a query that is not among the keys has the position that it would have beside them
     if len(keys) == 1:
         return index
@@ -444,6 +446,8 @@ def _entry(coordinates: dict[Source, Tensor], source: Source, Q: int) -> Tensor 
         if inside is None:
             return None
         picks = source.picks.cpu()
+        if bool((picks.diff() != 1).any()):
+            return None  # keys in another order, or with gaps: what stands before a key is not the token before
         hits = inside[:, None] == picks
         return torch.where(hits.any(1), hits.int().argmax(1), -(10**9))
     for start, axis in reversed(source.segments):
@@ -457,6 +461,15 @@ def _entry(coordinates: dict[Source, Tensor], source: Source, Q: int) -> Tensor 
             if part.source is source:
                 return part.start + part.stride * other.picks.cpu()[entry.clamp(0, other.size - 1)]
     return None
+
+
+def same_sequences(shared: Sequence[tuple[Axis, Axis]]) -> bool:
+    """Whether axes that are multiplied entry by entry are in the same order: keys may be those of other sequences."""
+    for mine, theirs in shared:
+        for one, other in itertools.product(sources_of(mine), sources_of(theirs)):
+            if one is not other and (one.is_made_of(other) or other.is_made_of(one)):
+                return False
+    return True
 
 
 def shares_windows(query: Layout, key: Layout, rows: Axis, keys: Axis) -> bool:

@@ -1,5 +1,6 @@
 """What a recogniser is: it reads the calls of some functions as attention."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ..attention_call import AttentionCall
 from ..axes import Axis, Layout, SourceKind, singles_of, untagged
 from ..loops import Clue
 from ..provenance import Origin, Origins, same_sequence
-from ..roles import places, said_heads, shares_windows
+from ..roles import places, said_heads, same_sequences, shares_windows
 from ..running_modules import Frame
 
 
@@ -63,6 +64,7 @@ class FunctionCall:
         projects: bool = False,
         weight: Tensor | None = None,
         contracted: Axis = (),
+        shared: Sequence[tuple[Axis, Axis]] = (),
     ) -> dict[str, Any]:
         """Tell whether queries and keys are the same tokens, and where the queries are among the keys.
 
@@ -73,6 +75,7 @@ class FunctionCall:
             projects: whether the function itself projects them.
             weight: weight that it projects the queries with.
             contracted: axis of the queries that is summed over.
+            shared: axes of queries and keys that are multiplied entry by entry.
 
         Returns:
             Arguments of AttentionCall.
@@ -84,18 +87,24 @@ class FunctionCall:
         self.clue = Clue.of(q_layout, rows, keys, (q_origin.mixed, k_origin.mixed), weight, untagged(contracted))
         found = places(q_layout, rows, k_layout, keys, own_keys=own_keys)
         told: dict[str, Any] = {"self_attention": None}
-        if found.same_tokens and q_origin.mixed == k_origin.mixed:
+        if found.same_tokens and (q_origin.mixed != k_origin.mixed or not same_sequences(shared)):
+            told = {"self_attention": False}  # of another depth: what an encoder made of the tokens; other sequences
+        elif found.same_tokens:
             positions = found.positions if own_keys or shares_windows(q_layout, k_layout, rows, keys) else None
             told = {"self_attention": True, "query_positions": positions, "positions_known": positions is not None}
-        elif found.same_tokens:
-            told = {"self_attention": False}  # of another depth: a decoder that is given what its encoder read
         else:
             told["self_attention"] = same_sequence(q_origin, k_origin, self.frames, projects=projects)
             if found.same_tokens is False and told["self_attention"]:
                 told["self_attention"] = False
+            if not found.is_seen and _size(rows) != _size(keys):
+                told["positions_known"] = False  # of as many queries as keys, each is taken to be at its own
         if own_keys:
             told["over"] = "neighbours"
         return told
+
+
+def _size(axis: Axis) -> int:
+    return math.prod(part.size for part in axis)
 
 
 class Recogniser(ABC):

@@ -68,6 +68,7 @@ def read_fused(
             (k_origin, k_layout, keys),
             own_keys=roles.own_keys,
             contracted=q_layout.axes[-1],
+            shared=list(zip(q_layout.axes[:-2], k_layout.axes[:-2], strict=True)),
         )
     common: dict[str, Any] = {"windows": roles.n_windows, "assumed": roles.assumed, **relation}
     if roles.own_keys:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention_call import AttentionCall, NotUnderstoodError
-from ..axes import Layout, Part, SourceKind, Tag, is_features, tag_of, untagged
+from ..axes import Axis, Layout, Part, Source, SourceKind, Tag, is_features, tag_of, untagged
 from ..axis_rules import letters_of_product
 from ..loops import Clue
 from ..products import Product
@@ -212,19 +212,21 @@ class _Reader:
             )
         q, k = self.product.factors[1 - self.key_side], self.product.factors[self.key_side]
         rows = q.axes(self.product.free(1 - self.key_side))
-        rows = tuple(part for part in rows if part.source.kind is not SourceKind.FEATURES)
-        if roles.own_keys:
-            own = {part.source for i in roles.rows if (part := _parts(softmax.layout, softmax.axis)[i]) is not None}
-            rows = tuple(part for part in q.layout.parts if part.source in own)
+        parts = _parts(softmax.layout, softmax.axis)
+        own = {part.source for i in roles.rows if (part := parts[i]) is not None}
+        rows = tuple(part for part in (q.layout.parts if roles.own_keys else rows) if part.source in own)
         keys = untagged(softmax.layout.axes[softmax.axis])
         if n_sinks or len(keys) != 1 or keys[0].source.segments:
-            keys = k.axes(self.product.free(self.key_side))
+            letters = self.product.free(self.key_side)
+            tagged = [letter for letter in letters if _sources(k.axis(letter)) & _sources(keys)]
+            keys = k.axes(tagged)
         is_whole = math.prod(roles.sizes[i] for i in roles.rows) == math.prod(part.size for part in rows)
         told = self.call.relation(
             (q.origin, q.layout, rows),
             (k.origin, k.layout, keys),
             own_keys=roles.own_keys,
             contracted=q.axes(self.product.contracted),
+            shared=[(q.axis(letter), k.axis(letter)) for letter in self.product.shared],
         )
         if not is_whole and told.get("query_positions") is not None:
             told |= {"query_positions": None, "positions_known": False}
@@ -265,6 +267,13 @@ class _Reader:
         if is_mixed:
             return {"model_weights": used}
         raise NotUnderstoodError("after the softmax its weights were changed to others that do not sum to 1")
+
+
+def _sources(axis: Axis) -> set[Source]:
+    """Collect the sources of an axis, and those that lie in them."""
+    return {inner for part in axis for inner in (part.source, *part.source.made_of)} | {
+        other.source for part in axis for _, segment in part.source.segments for other in segment
+    }
 
 
 def _parts(layout: Layout, columns: int) -> list[Any]:
