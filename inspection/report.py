@@ -26,7 +26,7 @@ from attention_monitor.diagnosis.roles import HeadRoles
 from attention_monitor.naming import escaped_token, head_name, layer_name
 from attention_monitor.probes.position import MIN_TOKENS
 
-from .subjects import Subject
+from .subject import Subject
 
 LISTED = 48  # heads in the terminal's table; of more, the most focused
 WORDS = 10  # columns for how a head looks, and for its roles; they wrap
