@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ class AttentionMaps:
         queries, keys = self.tokens, self.tokens
         if not call.is_self_attention:
             queries = self.target_tokens
-        elif self.stacks[layer] != self.stacks[0]:
+        elif self._is_of_decoder(layer):
             queries, keys = of_decoder, of_decoder
         if keys is not None and call.sinks_in_pattern:
             keys = [*keys, *["(sink)"] * call.n_sinks]
@@ -127,6 +128,12 @@ class AttentionMaps:
                 sites[call.site] = site
         columns = [*map(column_of, resolved), *POSITION_SCORES]
         return build_snapshot(step, "text", sites, columns, self.tokens)
+
+    def _is_of_decoder(self, layer: int) -> bool:
+        """Whether a layer of self-attention is after the first stack, or beside the last cross-attention."""
+        roots = [re.split(r"\.(?:\*|\d+)", stack)[0] for stack in self.stacks]  # up to the number of the layer
+        cross = [root for root, call in zip(roots, self.calls, strict=True) if not call.is_self_attention]
+        return self.stacks[layer] != self.stacks[0] or roots[layer] in cross[-1:]
 
     def _call(self, layer: int) -> AttentionCall:
         if not 0 <= layer < len(self.calls):

@@ -72,6 +72,17 @@ def test_maps_of_an_encoder_decoder_come_in_stacks_with_labels_of_their_own():
     assert sides == [("s", "s")] * 2 + [("t", "t")] * 2 + [("t", "s")] * 2
 
 
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_a_decoder_has_its_own_labels_where_its_encoder_is_not_seen(n_layers):
+    config = transformers.T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=32, num_layers=n_layers, num_heads=4)
+    ids = torch.randint(V, (1, 6))
+    probe = BatchProbe({"input_ids": ids, "decoder_input_ids": ids})
+    maps = attention_maps(transformers.T5Model(config), probe, sites="decoder*")
+    maps = AttentionMaps(maps.calls, maps.labels, maps.stacks, [f"s{i}" for i in range(6)], [f"t{i}" for i in range(6)])
+    sides = [tuple(of[0][0] for of in maps.tokens_of(layer)) for layer in range(len(maps))]
+    assert sides == [("t", "t")] * n_layers + [("t", "s")] * n_layers
+
+
 def test_labels_that_do_not_fit_a_map_are_left_out():
     maps = attention_maps(Project(), TextProbe("hello", Tokenizer()))
     assert maps.tokens_of(0) == (maps.tokens, maps.tokens)
