@@ -1,18 +1,32 @@
 """Folders of Hugging Face models, as ``save_pretrained`` writes them."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from attention_monitor.naming import listed
 from gpt import InputError
 
-from .subject import Subject
+from .errors import first_line
+from .inputs import rooms_for_text, start_of_decoder, text_config
+from .subject import Subject, on_device
+
+# Nothing is fetched, and no code that comes with a model is run.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")
+RELATIVE = ("t5", "mt5", "umt5")  # positions are relative: what their configs say is no limit
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
-def load_folder(folder: Path) -> Subject:
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} has no config.json; give a .ckpt file of train.py, or a folder that save_pretrained() wrote."
-        )
+def load_folder(folder: Path, device: str) -> Subject:
+    """Load the model of a folder, with its tokenizer.
+
+    Raises:
+        InputError: when that cannot be, or the model reads something else than token ids; the message says what to do.
+    """
+    _require_config(folder)
     try:
         import transformers
     except ImportError as error:
@@ -21,50 +35,120 @@ def load_folder(folder: Path) -> Subject:
         ) from error
     transformers.logging.set_verbosity_error()  # what it says of unused weights and long texts is not for here
     transformers.logging.disable_progress_bar()
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    model, notes = _load_model(folder)
+    model = on_device(model.eval(), device)
+    start = start_of_decoder(model)
+    rooms = rooms_for_text(folder, model, start)
+    tokenizer = _load_tokenizer([folder])
+    text = text_config(model.config)
+    limits = [getattr(config, name, None) for config in (model.config, text) for name in CONTEXTS]
+    if getattr(model.config, "model_type", "") in RELATIVE:
+        limits = []
+    of_text, of_target = (_smallest([*limits, tokenizer.model_max_length, room]) for room in (rooms.text, rooms.target))
+    return Subject(
+        name=f"{folder} ({type(model).__name__})",
+        model=model,
+        tokenizer=tokenizer,
+        context=of_text,
+        start=start,
+        target_context=of_target,
+        vocab_size=getattr(text, "vocab_size", None),
+        notes=notes,
+    )
+
+
+def _require_config(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    within = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    instead = f"; those of its folders that have one are {listed(within, 5)}" if within else ""
+    raise InputError(
+        f"{folder} has no config.json; give a .ckpt file of train.py, or a folder that save_pretrained() wrote"
+        f"{instead}."
+    )
+
+
+def _load_model(folder: Path) -> tuple[Any, list[str]]:
+    """Load the model of a folder, without an adapter: the model, and sentences for the user."""
+    import transformers
+
     try:
-        model, found = transformers.AutoModel.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **local
-        )
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        for kind in _classes_of(config):
+            model, found = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **LOCAL)
+            if not (absent := _absent(found)):
+                break
     except Exception as error:  # whatever a folder may bring about
         raise InputError(f"The model in {folder} could not be loaded: {first_line(error)}") from error
-    # what is not there would be made up; a pooler stands behind the last layer, and many models are saved without one
-    absent = sorted({str(name) for name in found["missing_keys"]} | {str(key[0]) for key in found["mismatched_keys"]})
-    absent = [name for name in absent if "pooler" not in name]
     if absent:
         raise InputError(
             f"The weights in {folder} are not those of its config.json: {len(absent)} are missing or of another shape, "
             f"such as {absent[0]}."
         )
-    if model.main_input_name != "input_ids":
-        raise InputError(f"The model in {folder} reads {model.main_input_name}, not text ({type(model).__name__}).")
-    tokenizer, reason = None, "it has no such files"  # of which transformers would make up an empty one
-    if any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")):
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-        except Exception as error:
-            reason = first_line(error)
-    if tokenizer is None:
-        raise InputError(
-            f"The model in {folder} has no tokenizer that can be loaded ({reason}); save one into its folder with "
-            "tokenizer.save_pretrained()."
-        )
-    config = model.config
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    if getattr(config, "model_type", "") in ("t5", "mt5", "umt5"):
-        limits = []  # positions are relative: there is no limit
-    limits.append(tokenizer.model_max_length)
-    known = [n for n in limits if isinstance(n, int) and 0 < n < 10**9]
-    start = None
-    if getattr(config, "is_encoder_decoder", False):
-        places = (config, getattr(model, "generation_config", None))
-        found = [getattr(place, "decoder_start_token_id", None) for place in places]
-        start = next((token for token in found if token is not None), getattr(config, "pad_token_id", None) or 0)
-    vocab_size = getattr(config, "vocab_size", None)
-    name = f"{folder} ({type(model).__name__})"
-    return Subject(name, model.eval(), tokenizer, min(known, default=None), start, vocab_size)
+    unused = _in_layers(model, found["unexpected_keys"])
+    if unused:
+        some = f"{len(unused)} of the weights in {folder} have no place in the model of its config.json, such as"
+        return model, [f"{some} {unused[0]}: it is looked at without them."]
+    return model, []
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+def _classes_of(config: Any) -> list[Any]:
+    """List the classes to load a model as, the first that its weights are enough for.
+
+    That which its config names may be a part of the one that ``AutoModel`` knows (T5EncoderModel), or one that it does
+    not know, as it is made of other models.
+    """
+    import transformers
+
+    classes: list[Any] = [transformers.AutoModel] if type(config) in transformers.MODEL_MAPPING else []
+    for name in config.architectures or ():
+        named = getattr(transformers, str(name), None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            classes.append(named)
+    return classes or [transformers.AutoModel]  # which says that it does not know it
+
+
+def _absent(found: Mapping[str, Any]) -> list[str]:
+    """List the weights that are not there and would be made up.
+
+    A pooler stands behind the last layer, and many models are saved without one.
+    """
+    names = {str(name) for name in found["missing_keys"]} | {str(key[0]) for key in found["mismatched_keys"]}
+    return sorted(name for name in names if "pooler" not in name)
+
+
+def _in_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Pick the names of weights that would be in the layers of a model: heads on top of them are not looked at."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def is_in_layers(name: str) -> bool:
+        module: Any = model
+        for piece in name.removeprefix(prefix).split("."):
+            if isinstance(module, nn.ModuleList):
+                return not name.endswith(".masked_bias")  # a number, of old GPT-2s
+            module = getattr(module, piece, None)
+        return False
+
+    return sorted(name for name in names if is_in_layers(name))
+
+
+def _load_tokenizer(folders: Sequence[Path]) -> Any:
+    """Load the tokenizer of the first folder that has one."""
+    import transformers
+
+    reason = "it has no such files"  # of which transformers would make up an empty one
+    for folder in folders:
+        if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+            try:
+                return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+            except Exception as error:
+                reason = first_line(error)
+                break
+    raise InputError(
+        f"The model in {folders[0]} has no tokenizer that can be loaded ({reason}); save one into its folder with "
+        "tokenizer.save_pretrained()."
+    )
+
+
+def _smallest(limits: Iterable[Any]) -> int | None:
+    return min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)

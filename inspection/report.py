@@ -111,7 +111,9 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
     Args:
         statistics: taken of the text beside those that every report has.
     """
-    notes: list[str] = [] if subject.is_trained else ["The weights of this model are random: it has not been trained."]
+    notes = list(subject.notes)
+    if not subject.is_trained:
+        notes.append("The weights of this model are random: it has not been trained.")
     maps = subject.read(text, target, notes.append)
     values = maps.snapshot(list(dict.fromkeys([*HEAD_STATISTICS, *statistics])), subject.step or 0)
     repeats = None

@@ -1,6 +1,6 @@
 """Models to look into: checkpoints of train.py, folders of Hugging Face models, untrained ones."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from gpt.checkpoint import load_checkpoint
 from gpt.model import GPT, GPTConfig
 from gpt.tokenizer import load_bytes
 
-from .folders import first_line, load_folder
-from .subject import Subject
+from .errors import first_line
+from .folders import load_folder
+from .subject import Subject, on_device
 
 
 def load_subject(path: str | Path, device: str = "cpu") -> Subject:
@@ -24,8 +25,12 @@ def load_subject(path: str | Path, device: str = "cpu") -> Subject:
     Raises:
         InputError: when it cannot be loaded; the message says why.
     """
-    subject = load_folder(Path(path)) if Path(path).is_dir() else _load_file(Path(path))
-    return _on(device, subject)
+    path = Path(path)
+    if path.is_dir():
+        return load_folder(path, device)
+    if path.is_file() and path.suffix != ".ckpt" and (path.parent / "config.json").is_file():
+        raise InputError(f"{path} is a file of a Hugging Face model; give its folder, {path.parent}.")
+    return _load_file(path, device)
 
 
 def untrained_subject(config: str | Path | None, device: str = "cpu", **shape: int | None) -> Subject:
@@ -49,7 +54,7 @@ def untrained_subject(config: str | Path | None, device: str = "cpu", **shape: i
     except TypeError as error:
         raise InputError(f"{config} does not describe a model of train.py: {error}.") from error
     name = f"untrained GPT{f' of {config}' if config else ''}"
-    return _on(device, Subject(name, gpt.eval(), tokenizer, gpt.config.block_size, is_trained=False))
+    return Subject(name, on_device(gpt.eval(), device), tokenizer, gpt.config.block_size, is_trained=False)
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -67,17 +72,10 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return found
 
 
-def _load_file(path: Path) -> Subject:
+def _load_file(path: Path, device: str) -> Subject:
     found = load_checkpoint(path)
-    name = f"{path}, step {found.step}"
-    return Subject(name, found.gpt, found.tokenizer, found.gpt.config.block_size, step=found.step)
-
-
-def _on(device: str, subject: Subject) -> Subject:
-    try:
-        return replace(subject, model=subject.model.to(torch.device(device)))
-    except (RuntimeError, AssertionError) as error:  # what torch raises where it was built without CUDA
-        raise InputError(f"The device {device!r} cannot be used here: {first_line(error)}") from error
+    name, gpt = f"{path}, step {found.step}", on_device(found.gpt, device)
+    return Subject(name, gpt, found.tokenizer, found.gpt.config.block_size, step=found.step)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
