@@ -9,24 +9,29 @@ from torch import nn
 from attention_monitor.naming import listed
 from gpt import InputError
 
+from .adapters import CONFIG, IN_PYTHON, adapter_in, of_adapters
 from .errors import first_line
 from .inputs import rooms_for_text, start_of_decoder, text_config
 from .subject import Subject, on_device
 
 # Nothing is fetched, and no code that comes with a model is run.
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# Where transformers looks for an adapter of its own accord: then it says no more what a base model lacks.
+NOWHERE = {"subfolder": "no adapter"}
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")
 RELATIVE = ("t5", "mt5", "umt5")  # positions are relative: what their configs say is no limit
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def load_folder(folder: Path, device: str) -> Subject:
-    """Load the model of a folder, with its tokenizer.
+    """Load the model of a folder, with its adapter and its tokenizer.
 
     Raises:
         InputError: when that cannot be, or the model reads something else than token ids; the message says what to do.
     """
-    _require_config(folder)
+    adapter = adapter_in(folder)
+    base = folder if adapter is None else adapter.base
+    _require_config(base)
     try:
         import transformers
     except ImportError as error:
@@ -35,18 +40,20 @@ def load_folder(folder: Path, device: str) -> Subject:
         ) from error
     transformers.logging.set_verbosity_error()  # what it says of unused weights and long texts is not for here
     transformers.logging.disable_progress_bar()
-    model, notes = _load_model(folder)
+    model, notes = _load_model(base)
+    if adapter is not None:
+        adapter.put_into(model)
     model = on_device(model.eval(), device)
     start = start_of_decoder(model)
     rooms = rooms_for_text(folder, model, start)
-    tokenizer = _load_tokenizer([folder])
+    tokenizer = _load_tokenizer([folder] if base == folder else [folder, base])
     text = text_config(model.config)
     limits = [getattr(config, name, None) for config in (model.config, text) for name in CONTEXTS]
     if getattr(model.config, "model_type", "") in RELATIVE:
         limits = []
     of_text, of_target = (_smallest([*limits, tokenizer.model_max_length, room]) for room in (rooms.text, rooms.target))
     return Subject(
-        name=f"{folder} ({type(model).__name__})",
+        name=f"{folder} ({type(model).__name__}{'' if adapter is None else f' with its adapter, {adapter.kind}'})",
         model=model,
         tokenizer=tokenizer,
         context=of_text,
@@ -60,7 +67,8 @@ def load_folder(folder: Path, device: str) -> Subject:
 def _require_config(folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
-    within = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    names = ("config.json", CONFIG)
+    within = sorted({path.parent.name for name in names for path in folder.glob(f"*/{name}")})
     instead = f"; those of its folders that have one are {listed(within, 5)}" if within else ""
     raise InputError(
         f"{folder} has no config.json; give a .ckpt file of train.py, or a folder that save_pretrained() wrote"
@@ -75,7 +83,9 @@ def _load_model(folder: Path) -> tuple[Any, list[str]]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
         for kind in _classes_of(config):
-            model, found = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **LOCAL)
+            model, found = kind.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, adapter_kwargs=NOWHERE, **LOCAL
+            )
             if not (absent := _absent(found)):
                 break
     except Exception as error:  # whatever a folder may bring about
@@ -86,6 +96,11 @@ def _load_model(folder: Path) -> tuple[Any, list[str]]:
             f"such as {absent[0]}."
         )
     unused = _in_layers(model, found["unexpected_keys"])
+    if adapted := of_adapters(unused):
+        raise InputError(
+            f"The weights in {folder} have an adapter among them that transformers does not read, such as "
+            f"{adapted[0]}; merge it into the others before they are saved, or {IN_PYTHON}."
+        )
     if unused:
         some = f"{len(unused)} of the weights in {folder} have no place in the model of its config.json, such as"
         return model, [f"{some} {unused[0]}: it is looked at without them."]

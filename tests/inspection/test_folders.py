@@ -111,6 +111,19 @@ def test_part_of_an_encoder_decoder_is_read(tmp_path):
     assert found.maps.target_tokens is None
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["h.0.attn.c_attn.lora_A", "h.0.attn.c_attn.lora_B"],  # loralib
+        ["h.1.output_adapters.adapters.mine.adapter_down.0.weight"],  # the library adapters
+    ],
+)
+def test_an_adapter_among_the_weights_is_not_left_out(tmp_path, names):
+    folder = made.save(tmp_path, made.gpt2())
+    change_weights(folder, lambda weights: weights.update({name: torch.ones(2, 2) for name in names}))
+    assert f"have an adapter among them that transformers does not read, such as {names[0]};" in refused(folder)
+
+
 def test_weights_of_layers_that_a_model_does_not_have_are_told_and_heads_are_not(tmp_path):
     folder = made.save(tmp_path, made.gpt2())
     change_weights(folder, lambda weights: weights.update({"h.2.ln_1.weight": torch.ones(16)}))
