@@ -1,8 +1,11 @@
 """What is found in a model that reads a text: for people as tables, for programs as JSON."""
 
 import math
+import re
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +26,7 @@ from attention_monitor.analysis import (
     weight_shift,
 )
 from attention_monitor.diagnosis.roles import HeadRoles
-from attention_monitor.naming import escaped_token, head_name, layer_name
+from attention_monitor.naming import escaped_token, head_name, layer_name, listed
 from attention_monitor.probes.position import MIN_TOKENS
 
 from .subject import Subject
@@ -31,6 +34,7 @@ from .subject import Subject
 LISTED = 48  # heads in the terminal's table; of more, the most focused
 WORDS = 10  # columns for how a head looks, and for its roles; they wrap
 RANKED = 5  # heads in a ranking on the terminal
+LEFT_OUT = r"attention_monitor could not look at a call of (\S+): (.*)"  # a warning of the package
 COLUMNS = {  # of the terminal's table: heading -> statistic
     "entropy": "entropy",
     "of at most": "max_entropy",
@@ -114,18 +118,11 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
     notes = list(subject.notes)
     if not subject.is_trained:
         notes.append("The weights of this model are random: it has not been trained.")
-    maps = subject.read(text, target, notes.append)
+    with _warnings_as(notes):
+        maps = subject.read(text, target, notes.append)
     values = maps.snapshot(list(dict.fromkeys([*HEAD_STATISTICS, *statistics])), subject.step or 0)
-    repeats = None
-    try:
-        repeats = subject.repeats()
-        if repeats is None:
-            notes.append("Its context is too short for repeated random tokens: there are no induction scores.")
-        elif repeats.labels != values.labels:
-            repeats = None
-            notes.append("It runs other layers on repeated random tokens: there are no induction scores.")
-    except AttentionMonitorError as error:
-        notes.append(f"There are no induction scores: {error}")
+    notes += _what_is_not_named(maps)
+    repeats = _repeats(subject, values, notes)
     if maps.tokens is not None and len(maps.tokens) < MIN_TOKENS:
         notes.append(f"The roles sink and positional take a text of {MIN_TOKENS} tokens or more.")
     found = ModelReading(subject, text, maps, values, repeats, notes)
@@ -133,6 +130,60 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
         some = ", ".join(found.not_finite[:RANKED])
         notes.append(f"There is NaN or infinity in the attention of {len(found.not_finite)} heads, such as {some}.")
     return found
+
+
+def _repeats(subject: Subject, values: Snapshot, notes: list[str]) -> Snapshot | None:
+    """What the heads do with repeated random tokens: layers as on the text, without numbers where there are none."""
+    try:
+        with _warnings_as([]):  # the text has had the same
+            repeats = subject.repeats()
+    except AttentionMonitorError as error:
+        notes.append(f"There are no induction scores: {error}")
+        return None
+    if repeats is None:
+        notes.append("Its context is too short for repeated random tokens: there are no induction scores.")
+        return None
+    found = {(record.label, len(record.values["induction"])): record.values for record in repeats.records}
+    records, without = [], []
+    for layer, record in enumerate(values.records):
+        H = len(record.values["entropy"])
+        nothing = {name: np.full(H, np.nan) for name in repeats.columns}
+        scores = found.get((record.label, H), nothing)
+        records.append(replace(record, pattern=None, values=scores))
+        if not record.is_cross and np.isnan(scores["induction"]).all():
+            without.append(layer_name(layer))
+    if without:
+        notes.append(
+            f"There are no induction scores of {listed(without, 5)}: on repeated random tokens other layers or heads "
+            "run, or not every token is listed."
+        )
+    return replace(repeats, records=records)
+
+
+def _what_is_not_named(maps: AttentionMaps) -> list[str]:
+    """Tell of layers whose rows or columns are not the tokens that were read."""
+    odd = [layer for layer in range(len(maps)) if None in maps.tokens_of(layer)]
+    if not odd:
+        return []
+    sizes = dict.fromkeys(maps.calls[layer].shape[2:] for layer in odd)
+    return [
+        f"Not every token is listed by name in {listed([layer_name(layer) for layer in odd], 5)}: the model cuts the "
+        "text into blocks there (each with heads of its own), pools it, or puts other positions beside it, so that "
+        f"maps are {listed([f'{rows} by {columns}' for rows, columns in sizes], 3)}; what has no name has a number."
+    ]
+
+
+@contextmanager
+def _warnings_as(notes: list[str]) -> Iterator[None]:
+    """Tell what could not be looked at among the notes; what libraries warn of is not for here."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    found = [re.fullmatch(LEFT_OUT, str(one.message), re.DOTALL) for one in seen]
+    pairs = [(match[1], match[2]) for match in found if match]
+    for reason in dict.fromkeys(reason for _, reason in pairs):
+        paths = [path for path, other in pairs if other == reason]
+        notes.append(f"The attention of {listed(paths, 3)} is left out: {reason}.")
 
 
 @dataclass(frozen=True)
