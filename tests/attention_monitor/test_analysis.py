@@ -15,6 +15,7 @@ from attention_monitor import (
     BatchProbe,
     TextProbe,
     attention_maps,
+    capture,
     head_kinds,
     ranking,
     top_attended,
@@ -81,6 +82,20 @@ def test_a_decoder_has_its_own_labels_where_its_encoder_is_not_seen(n_layers):
     maps = AttentionMaps(maps.calls, maps.labels, maps.stacks, [f"s{i}" for i in range(6)], [f"t{i}" for i in range(6)])
     sides = [tuple(of[0][0] for of in maps.tokens_of(layer)) for layer in range(len(maps))]
     assert sides == [("t", "t")] * n_layers + [("t", "s")] * n_layers
+
+
+def test_of_a_layer_with_windows_the_first_is_shown_and_all_are_measured():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "local_radius": 4}
+    model = transformers.LongT5Model(transformers.LongT5Config(vocab_size=V, **sizes)).eval()
+    ids = torch.randint(V, (2, 20))  # 4 windows of 5 tokens, which see those around them
+    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    maps = attention_maps(model, BatchProbe(inputs))
+    with torch.no_grad(), capture(model) as calls:
+        model(**inputs)
+    windows = calls[0].pattern()[:4].double()  # (windows, H, Q, K) of the first text
+    torch.testing.assert_close(maps.pattern(0).double(), windows[0])
+    entropy = -torch.xlogy(windows, windows).sum(-1).mean((0, 2))  # (H,)
+    torch.testing.assert_close(torch.tensor(maps.snapshot().values[0]["entropy"]).double(), entropy, atol=1e-5, rtol=0)
 
 
 def test_labels_that_do_not_fit_a_map_are_left_out():
