@@ -121,7 +121,7 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
     with _warnings_as(notes):
         maps = subject.read(text, target, notes.append)
     values = maps.snapshot(list(dict.fromkeys([*HEAD_STATISTICS, *statistics])), subject.step or 0)
-    notes += _what_is_not_named(maps)
+    notes += [*_what_is_not_named(maps), *_what_has_to_be_known(values)]
     repeats = _repeats(subject, values, notes)
     if maps.tokens is not None and len(maps.tokens) < MIN_TOKENS:
         notes.append(f"The roles sink and positional take a text of {MIN_TOKENS} tokens or more.")
@@ -165,12 +165,25 @@ def _what_is_not_named(maps: AttentionMaps) -> list[str]:
     odd = [layer for layer in range(len(maps)) if None in maps.tokens_of(layer)]
     if not odd:
         return []
-    sizes = dict.fromkeys(maps.calls[layer].shape[2:] for layer in odd)
+    sizes = dict.fromkeys((*maps.calls[layer].shape[2:], maps.calls[layer].windows) for layer in odd)
+    shapes = [
+        f"{rows} by {columns}{f' (the first of {windows}, and statistics are of all)' if windows > 1 else ''}"
+        for rows, columns, windows in sizes
+    ]
     return [
         f"Not every token is listed by name in {listed([layer_name(layer) for layer in odd], 5)}: the model cuts the "
-        "text into blocks there (each with heads of its own), pools it, or puts other positions beside it, so that "
-        f"maps are {listed([f'{rows} by {columns}' for rows, columns in sizes], 3)}; what has no name has a number."
+        "text into windows there, pools it, or puts other positions beside it, so that maps are "
+        f"{listed(shapes, 3)}; what has no name has a number."
     ]
+
+
+def _what_has_to_be_known(values: Snapshot) -> list[str]:
+    """Tell what the numbers of some layers are not, or are not sure to be."""
+    layers = {
+        note: [layer_name(layer) for layer, record in enumerate(values.records) if record.note == note]
+        for note in dict.fromkeys(record.note for record in values.records if record.note)
+    }
+    return [f"Of {listed(names, 5)}: {note}." for note, names in layers.items()]
 
 
 @contextmanager
@@ -179,11 +192,13 @@ def _warnings_as(notes: list[str]) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         yield
-    found = [re.fullmatch(LEFT_OUT, str(one.message), re.DOTALL) for one in seen]
-    pairs = [(match[1], match[2]) for match in found if match]
-    for reason in dict.fromkeys(reason for _, reason in pairs):
-        paths = [path for path, other in pairs if other == reason]
-        notes.append(f"The attention of {listed(paths, 3)} is left out: {reason}.")
+    left_out: dict[str, list[str]] = {}
+    for message in dict.fromkeys(str(one.message) for one in seen):
+        if found := re.fullmatch(LEFT_OUT, message, re.DOTALL):
+            left_out.setdefault(found[2], []).append(found[1])
+        elif message.startswith("attention_monitor"):
+            notes.append(message.rstrip(".") + ".")
+    notes += [f"The attention of {listed(paths, 3)} is left out: {reason}." for reason, paths in left_out.items()]
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,11 @@ def test_a_window_that_is_a_mask_leaves_every_token_listed(read, make):
     assert len(found.induction) == 4
 
 
-@pytest.mark.parametrize("text", [SHORT, LONG])
-def test_where_a_text_is_cut_into_blocks_it_is_said_why_not_every_token_is_listed(read, text):
+@pytest.mark.parametrize(("text", "n_windows"), [(SHORT, 4), (LONG, 20)], ids=["short", "long"])
+def test_where_a_text_is_cut_into_windows_it_is_said_why_not_every_token_is_listed(read, text, n_windows):
     found, document = read(made.long_t5(), text)
-    assert "in L00, L01: the model cuts the text into blocks there" in unlisted(found)
-    assert "so that maps are 5 by 15;" in unlisted(found)
+    assert "in L00, L01: the model cuts the text into windows there" in unlisted(found)
+    assert f"so that maps are 5 by 15 (the first of {n_windows}, and statistics are of all);" in unlisted(found)
     listed = [len(layer["attended"]) for layer in document["layers"]]
     assert listed == [5, 5, *[len(document["target_tokens"])] * 4]  # its decoder attends to everything
     assert "no induction scores of L00, L01: on repeated random tokens" in " ".join(found.notes)
@@ -76,7 +76,7 @@ def test_where_a_text_is_cut_into_blocks_it_is_said_why_not_every_token_is_liste
 
 
 def test_a_model_that_reads_short_texts_otherwise_has_no_induction_scores_and_no_roles_from_them(read):
-    found, document = read(made.big_bird(), LONG)  # in blocks; repeated tokens in more of them
+    found, document = read(made.big_bird(), LONG)  # in blocks
     assert len(document["layers"]) == 10
     assert "L00, L01, L02, L03, L04 and 5 more" in unlisted(found)
     assert found.induction == []
@@ -92,6 +92,7 @@ def test_pooled_text_is_told(read):
     )
     assert "in L01: " in unlisted(found)
     assert "so that maps are 8 by 16;" in unlisted(found)
+    assert "Of L01: where its queries are among its keys is not known." in found.notes
 
 
 class NotSeen(nn.Module):
