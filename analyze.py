@@ -23,7 +23,8 @@ from attention_monitor.statistics.catalogue import resolve_statistics
 from gpt import InputError
 from inspection.pictures import Picture, animation, difference_pictures, pictures
 from inspection.report import Comparison, ModelReading, Selection, as_json, compare, look, tell, tell_comparison
-from inspection.subjects import Subject, checkpoints_in, load_subject, untrained_subject
+from inspection.subject import Subject
+from inspection.subjects import checkpoints_in, load_subject, untrained_subject
 
 MATRICES = ("entropy", "max_weight", "mean_distance")
 SHOWN = 12  # windows that --show-plots opens at most

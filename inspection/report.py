@@ -1,8 +1,11 @@
 """What is found in a model that reads a text: for people as tables, for programs as JSON."""
 
 import math
+import re
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,14 +26,15 @@ from attention_monitor.analysis import (
     weight_shift,
 )
 from attention_monitor.diagnosis.roles import HeadRoles
-from attention_monitor.naming import escaped_token, head_name, layer_name
+from attention_monitor.naming import escaped_token, head_name, layer_name, listed
 from attention_monitor.probes.position import MIN_TOKENS
 
-from .subjects import Subject
+from .subject import Subject
 
 LISTED = 48  # heads in the terminal's table; of more, the most focused
 WORDS = 10  # columns for how a head looks, and for its roles; they wrap
 RANKED = 5  # heads in a ranking on the terminal
+LEFT_OUT = r"attention_monitor could not look at a call of (\S+): (.*)"  # a warning of the package
 COLUMNS = {  # of the terminal's table: heading -> statistic
     "entropy": "entropy",
     "of at most": "max_entropy",
@@ -111,19 +115,14 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
     Args:
         statistics: taken of the text beside those that every report has.
     """
-    notes: list[str] = [] if subject.is_trained else ["The weights of this model are random: it has not been trained."]
-    maps = subject.read(text, target, notes.append)
+    notes = list(subject.notes)
+    if not subject.is_trained:
+        notes.append("The weights of this model are random: it has not been trained.")
+    with _warnings_as(notes):
+        maps = subject.read(text, target, notes.append)
     values = maps.snapshot(list(dict.fromkeys([*HEAD_STATISTICS, *statistics])), subject.step or 0)
-    repeats = None
-    try:
-        repeats = subject.repeats()
-        if repeats is None:
-            notes.append("Its context is too short for repeated random tokens: there are no induction scores.")
-        elif repeats.labels != values.labels:
-            repeats = None
-            notes.append("It runs other layers on repeated random tokens: there are no induction scores.")
-    except AttentionMonitorError as error:
-        notes.append(f"There are no induction scores: {error}")
+    notes += [*_what_is_not_named(maps), *_what_has_to_be_known(values)]
+    repeats = _repeats(subject, values, notes)
     if maps.tokens is not None and len(maps.tokens) < MIN_TOKENS:
         notes.append(f"The roles sink and positional take a text of {MIN_TOKENS} tokens or more.")
     found = ModelReading(subject, text, maps, values, repeats, notes)
@@ -131,6 +130,75 @@ def look(subject: Subject, text: str, target: str | None, statistics: Sequence[s
         some = ", ".join(found.not_finite[:RANKED])
         notes.append(f"There is NaN or infinity in the attention of {len(found.not_finite)} heads, such as {some}.")
     return found
+
+
+def _repeats(subject: Subject, values: Snapshot, notes: list[str]) -> Snapshot | None:
+    """What the heads do with repeated random tokens: layers as on the text, without numbers where there are none."""
+    try:
+        with _warnings_as([]):  # the text has had the same
+            repeats = subject.repeats()
+    except AttentionMonitorError as error:
+        notes.append(f"There are no induction scores: {error}")
+        return None
+    if repeats is None:
+        notes.append("Its context is too short for repeated random tokens: there are no induction scores.")
+        return None
+    found = {(record.label, len(record.values["induction"])): record.values for record in repeats.records}
+    records, without = [], []
+    for layer, record in enumerate(values.records):
+        H = len(record.values["entropy"])
+        nothing = {name: np.full(H, np.nan) for name in repeats.columns}
+        scores = found.get((record.label, H), nothing)
+        records.append(replace(record, pattern=None, values=scores))
+        if not record.is_cross and np.isnan(scores["induction"]).all():
+            without.append(layer_name(layer))
+    if without:
+        notes.append(
+            f"There are no induction scores of {listed(without, 5)}: on repeated random tokens other layers or heads "
+            "run, or not every token is listed."
+        )
+    return replace(repeats, records=records)
+
+
+def _what_is_not_named(maps: AttentionMaps) -> list[str]:
+    """Tell of layers whose rows or columns are not the tokens that were read."""
+    odd = [layer for layer in range(len(maps)) if None in maps.tokens_of(layer)]
+    if not odd:
+        return []
+    sizes = dict.fromkeys((*maps.calls[layer].shape[2:], maps.calls[layer].windows) for layer in odd)
+    shapes = [
+        f"{rows} by {columns}{f' (the first of {windows}, and statistics are of all)' if windows > 1 else ''}"
+        for rows, columns, windows in sizes
+    ]
+    return [
+        f"Not every token is listed by name in {listed([layer_name(layer) for layer in odd], 5)}: the model cuts the "
+        "text into windows there, pools it, or puts other positions beside it, so that maps are "
+        f"{listed(shapes, 3)}; what has no name has a number."
+    ]
+
+
+def _what_has_to_be_known(values: Snapshot) -> list[str]:
+    """Tell what the numbers of some layers are not, or are not sure to be."""
+    layers = {
+        note: [layer_name(layer) for layer, record in enumerate(values.records) if record.note == note]
+        for note in dict.fromkeys(record.note for record in values.records if record.note)
+    }
+    return [f"Of {listed(names, 5)}: {note}." for note, names in layers.items()]
+
+
+@contextmanager
+def _warnings_as(notes: list[str]) -> Iterator[None]:
+    """Tell what could not be looked at among the notes; what libraries warn of is not for here."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    left_out: dict[str, list[str]] = {}
+    for message in dict.fromkeys(str(one.message) for one in seen):
+        if found := re.fullmatch(LEFT_OUT, message, re.DOTALL):
+            left_out.setdefault(found[2], []).append(found[1])
+        elif message.startswith("attention_monitor"):
+            notes.append(message.rstrip(".") + ".")
+    notes += [f"The attention of {listed(paths, 3)} is left out: {reason}." for reason, paths in left_out.items()]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class AttentionMaps:
     decoder that is the number of the layer; in an encoder-decoder the encoder's come first.
 
     Attributes:
-        calls: attention call of each layer, of one sequence.
+        calls: attention call of each layer, of one sample: of all its windows, where it attends in windows.
         labels: label of each layer, ``L00`` or a module path.
         stacks: stack that each layer belongs to, such as ``decoder.block.*.attn``.
         tokens: labels of the positions, where they are known.
@@ -89,10 +90,12 @@ class AttentionMaps:
     def pattern(self, layer: int) -> Tensor:
         """Compute the weights of the heads of a layer, (H, Q, K), float32 on the CPU; rows sum to 1.
 
+        Of a layer that attends in windows, those of the first one.
+
         Raises:
             AttentionMonitorError: when there is no such layer.
         """
-        return self._call(layer).pattern()[0].float().cpu()
+        return self._call(layer).first_sequences(1).pattern()[0].float().cpu()
 
     def tokens_of(self, layer: int) -> tuple[Sequence[str] | None, Sequence[str] | None]:
         """Return the labels of the queries and of the keys of a layer; None where they are not known."""
@@ -102,7 +105,7 @@ class AttentionMaps:
         queries, keys = self.tokens, self.tokens
         if not call.is_self_attention:
             queries = self.target_tokens
-        elif self.stacks[layer] != self.stacks[0]:
+        elif self._is_of_decoder(layer):
             queries, keys = of_decoder, of_decoder
         if keys is not None and call.sinks_in_pattern:
             keys = [*keys, *["(sink)"] * call.n_sinks]
@@ -127,6 +130,12 @@ class AttentionMaps:
                 sites[call.site] = site
         columns = [*map(column_of, resolved), *POSITION_SCORES]
         return build_snapshot(step, "text", sites, columns, self.tokens)
+
+    def _is_of_decoder(self, layer: int) -> bool:
+        """Whether a layer of self-attention is after the first stack, or beside the last cross-attention."""
+        roots = [re.split(r"\.(?:\*|\d+)", stack)[0] for stack in self.stacks]  # up to the number of the layer
+        cross = [root for root, call in zip(roots, self.calls, strict=True) if not call.is_self_attention]
+        return self.stacks[layer] != self.stacks[0] or roots[layer] in cross[-1:]
 
     def _call(self, layer: int) -> AttentionCall:
         if not 0 <= layer < len(self.calls):
@@ -161,7 +170,7 @@ def attention_maps(
     encoded = probe.encode(tokenizer)
     calls = encoded.run(model, capture(model, sites))
     order, stacks, labels = in_order([call.site for call in calls], [not call.is_self_attention for call in calls])
-    return AttentionMaps([calls[i].first_sequences(1) for i in order], labels, stacks, encoded.labels)
+    return AttentionMaps([calls[i].first_samples(1) for i in order], labels, stacks, encoded.labels)
 
 
 def top_attended(pattern: Tensor, k: int) -> list[list[tuple[int, float]]]:

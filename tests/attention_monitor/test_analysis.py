@@ -15,6 +15,7 @@ from attention_monitor import (
     BatchProbe,
     TextProbe,
     attention_maps,
+    capture,
     head_kinds,
     ranking,
     top_attended,
@@ -70,6 +71,31 @@ def test_maps_of_an_encoder_decoder_come_in_stacks_with_labels_of_their_own():
         torch.testing.assert_close(maps.pattern(layer), pattern[0], atol=1e-6, rtol=0)
     sides = [tuple(None if of is None else of[0][0] for of in maps.tokens_of(layer)) for layer in range(6)]
     assert sides == [("s", "s")] * 2 + [("t", "t")] * 2 + [("t", "s")] * 2
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_a_decoder_has_its_own_labels_where_its_encoder_is_not_seen(n_layers):
+    config = transformers.T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=32, num_layers=n_layers, num_heads=4)
+    ids = torch.randint(V, (1, 6))
+    probe = BatchProbe({"input_ids": ids, "decoder_input_ids": ids})
+    maps = attention_maps(transformers.T5Model(config), probe, sites="decoder*")
+    maps = AttentionMaps(maps.calls, maps.labels, maps.stacks, [f"s{i}" for i in range(6)], [f"t{i}" for i in range(6)])
+    sides = [tuple(of[0][0] for of in maps.tokens_of(layer)) for layer in range(len(maps))]
+    assert sides == [("t", "t")] * n_layers + [("t", "s")] * n_layers
+
+
+def test_of_a_layer_with_windows_the_first_is_shown_and_all_are_measured():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "local_radius": 4}
+    model = transformers.LongT5Model(transformers.LongT5Config(vocab_size=V, **sizes)).eval()
+    ids = torch.randint(V, (2, 20))  # 4 windows of 5 tokens, which see those around them
+    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    maps = attention_maps(model, BatchProbe(inputs))
+    with torch.no_grad(), capture(model) as calls:
+        model(**inputs)
+    windows = calls[0].pattern()[:4].double()  # (windows, H, Q, K) of the first text
+    torch.testing.assert_close(maps.pattern(0).double(), windows[0])
+    entropy = -torch.xlogy(windows, windows).sum(-1).mean((0, 2))  # (H,)
+    torch.testing.assert_close(torch.tensor(maps.snapshot().values[0]["entropy"]).double(), entropy, atol=1e-5, rtol=0)
 
 
 def test_labels_that_do_not_fit_a_map_are_left_out():

@@ -30,7 +30,8 @@ def position_scores(call: AttentionCall) -> dict[str, Tensor]:
         return {}
     on_first = torch.zeros((B, H), dtype=torch.float64, device=call.device)
     n_rows = torch.zeros((B, H), dtype=torch.float64, device=call.device)
-    offsets = torch.zeros((H, 2 * K), dtype=torch.float64, device=call.device)  # rows by key - query + K
+    last = max(K, int(call.positions_of(torch.arange(Q, device=call.device)).max()))  # a query may be beyond the keys
+    offsets = torch.zeros((H, K + last), dtype=torch.float64, device=call.device)  # rows by key - query + last
     for start, stop in row_spans(call):
         block = RowBlock(call, start, stop)
         weights = block.position_weights  # (B, H, R, K')
@@ -38,7 +39,7 @@ def position_scores(call: AttentionCall) -> dict[str, Tensor]:
         on_first += weights[..., 0].masked_fill(~real, 0).sum(-1)
         n_rows += real.sum(-1)
         counts = block.informative.expand(weights.shape[:3]).double()
-        offset = weights.argmax(-1) - block.query_pos + K  # (B, H, R)
+        offset = weights.argmax(-1) - block.query_pos + last  # (B, H, R)
         offsets.scatter_add_(1, offset.transpose(0, 1).flatten(1), counts.transpose(0, 1).flatten(1))
     sink = (on_first / n_rows)[n_rows.amin(1) > 0]  # without sequences that are all padding
     return {"sink": sink, "positional": (offsets.amax(-1) / offsets.sum(-1))[None]}

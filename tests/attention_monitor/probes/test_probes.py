@@ -503,6 +503,18 @@ def test_buffers_made_in_inference_mode_are_left_as_they_are():
     assert model.made.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("first", [0, 4, 40])
+def test_a_head_is_positional_wherever_its_queries_are(first):
+    """Beyond the keys too: those of BigBird's blocks are picked from a longer text."""
+    offsets = torch.tensor([2] * 16 + [3] * 4)  # of the largest weight, from the first key on
+    scores = torch.eye(30)[torch.arange(20) + offsets] * 50
+    positions = torch.arange(20) + first
+    call = AttentionCall(
+        "attn", None, None, model_scores=scores[None, None], self_attention=True, query_positions=positions
+    )
+    assert position_scores(call)["positional"].item() == pytest.approx(0.8)
+
+
 def test_a_head_whose_other_weights_are_exactly_0_is_positional_still():
     T = 32
     scores = torch.zeros(1, 1, T, T)
