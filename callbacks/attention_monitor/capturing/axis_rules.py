@@ -462,6 +462,9 @@ def _cat(step: Step) -> Layout:
     if dim == 0 and len(pieces) > 1 and all(axis == along[0] for axis in along) and _are_heads(layouts):
         axes[dim] = (*axis_of(Source(len(pieces), SourceKind.FEATURES)), *along[0])
         return Layout(tuple(axes), whole.fixed)
+    if len(pieces) > 1 and all(axis == along[0] for axis in along) and (step_of := _windows(layouts)) is not None:
+        axes[dim] = (step_of, *along[0])  # windows, one after the other
+        return Layout(tuple(axes), whole.fixed)
     starts = list(itertools.accumulate(sizes, initial=0))
     segments = [
         (start, axis or singles_of(layout, whole))
@@ -473,6 +476,20 @@ def _cat(step: Step) -> Layout:
     made_of = tuple([part for axis in along for part in axis])
     axes[dim] = step.derived(made_of, made.shape[dim], "cat", tuple(sizes), alone, segments=segments)
     return Layout(tuple(axes), whole.fixed)
+
+
+def _windows(layouts: Sequence[Layout]) -> Part | None:
+    """Return the part that tensors are, one after the other, which are alike but for where they lie in one source."""
+    starts: dict[Source, list[int]] = {}
+    for layout in layouts:
+        for source in {part.source for part in layout.parts if part.source.kind is SourceKind.PLACES}:
+            starts.setdefault(source, []).append(sum([p.start for p in layout.parts if p.source is source]))
+    moving = [source for source, at in starts.items() if len(set(at)) > 1]
+    if len(moving) != 1 or any(len(at) != len(layouts) for at in starts.values()):
+        return None
+    at = starts[moving[0]]
+    strides = {after - before for before, after in itertools.pairwise(at)}
+    return Part(moving[0], len(layouts), strides.pop()) if len(strides) == 1 else None
 
 
 def _merged(step: Step, pieces: Sequence[Tensor], layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
@@ -657,7 +674,12 @@ def _weight_name(step: Step, weight: Tensor) -> Any:
 
 
 def _features(step: Step, size: int, made_of: Axis, weight: Tensor) -> Axis:
-    return axis_of(Source(size, SourceKind.FEATURES, sources_of(made_of), _weight_name(step, weight)))
+    given = tuple([(_made_by(part.source), part.start) for part in made_of if part.size < part.source.size])
+    return axis_of(Source(size, SourceKind.FEATURES, sources_of(made_of), (*_weight_name(step, weight), given)))
+
+
+def _made_by(source: Source) -> Any:
+    return source.number if source.weight is None else source.weight
 
 
 def _linear(step: Step) -> Layout:

@@ -27,6 +27,7 @@ class Clue:
         heads: weights that make the queries, and where in what they make; empty where they are not known.
         keys: axis of the keys.
         depth: newest attention on which queries and keys depend.
+        summed: where the axis that is summed over begins in what made it.
     """
 
     rows: Axis
@@ -35,6 +36,7 @@ class Clue:
     heads: frozenset[Any]
     keys: Axis
     depth: tuple[int, int]
+    summed: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -66,7 +68,7 @@ class Clue:
         heads = frozenset(name for found in names for name in found or ()) if known else frozenset()
         if weight is not None:
             heads = frozenset([id(weight)])
-        return cls(rows, at, frozenset(places), heads, keys, depth)
+        return cls(rows, at, frozenset(places), heads, keys, depth, tuple(part.start for part in contracted))
 
     @property
     def weights(self) -> set[Any]:
@@ -147,7 +149,8 @@ class Group:
         if same_rows:
             is_new = bool(clue.heads) and all(clue.heads != other.heads for other in of_step)
             one_each = shape[1] == 1 and call.shape == shape
-            if not is_new or not (one_each or clue.weights == first[1].weights) or call.shape[2:] != shape[2:]:
+            cut_alike = clue.weights == first[1].weights and clue.summed == of_last.summed
+            if not is_new or not (one_each or cut_alike) or call.shape[2:] != shape[2:]:
                 return False
             if clue.depth != of_last.depth:
                 if frame != self.frame or self.said is None or len(self.members) >= self.said:
@@ -159,6 +162,8 @@ class Group:
         if clue.heads != first[1].heads and not first[1].is_mixed:
             return False
         kind: Literal["rows", "batch"] = "batch" if clue.rows == of_last.rows else "rows"
+        if kind == "batch" and call.self_attention is False:
+            return False  # one stream looks at the other, and the other at the one
         if kind == "rows" and (clue.batch != of_last.batch or not _are_slices(clue, of_last)):
             return False
         if step > 0 and kind != self.slices:
@@ -320,14 +325,11 @@ def _rows_together(calls: Sequence[AttentionCall]) -> AttentionCall:
     merged = _by_scores(calls, 2)
     told = {call.self_attention for call in calls}
     is_self = False if False in told else told.pop() if len(told) == 1 else None
-    positions = [call.query_positions for call in calls if call.query_positions is not None]
     if is_self is not True:
         return replace(merged, self_attention=False, query_positions=None)
-    if len(positions) == len(calls):
-        return replace(merged, query_positions=torch.cat(positions))
-    offsets = [call.query_offset for call in calls] if all(call.has_positions for call in calls) else []
-    if offsets:
-        return replace(merged, query_positions=torch.tensor(offsets, device="cpu"))
+    if all(call.has_positions for call in calls):
+        rows = [call.positions_of(torch.arange(call.shape[2], device="cpu")) for call in calls]
+        return replace(merged, query_positions=torch.cat(rows))
     return replace(merged, query_positions=None, positions_known=False)
 
 

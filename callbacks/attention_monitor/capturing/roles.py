@@ -343,11 +343,13 @@ class Places:
         same_tokens: whether both are the same tokens; None: not known.
         positions: (Q,) position of each query among the keys; None: not known.
         is_seen: whether it was seen what made queries and keys.
+        are_apart: whether they are different entries of one sequence.
     """
 
     same_tokens: bool | None
     positions: Tensor | None = None
     is_seen: bool = True
+    are_apart: bool = False
 
 
 def places(query: Layout, rows: Axis, key: Layout, keys: Axis, *, own_keys: bool = False) -> Places:
@@ -373,6 +375,9 @@ def places(query: Layout, rows: Axis, key: Layout, keys: Axis, *, own_keys: bool
         coordinates = _coordinates(query, rows)
         located = _locate(coordinates, key, keys, Q)
     if located is not None:
+        n = math.prod(part.size for part in keys)
+        if not own_keys and not bool(((located >= 0) & (located < n)).any()):
+            return Places(False, are_apart=True)  # of two streams that were put together, one looks at the other
         return Places(True, located)
     mine = set(coordinates)  # none: of no place, as a state or a mean is
     theirs = _closure(keys)
@@ -463,13 +468,27 @@ def _entry(coordinates: dict[Source, Tensor], source: Source, Q: int) -> Tensor 
     return None
 
 
-def same_sequences(shared: Sequence[tuple[Axis, Axis]]) -> bool:
-    """Whether axes that are multiplied entry by entry are in the same order: keys may be those of other sequences."""
+def same_sequences(query: Layout, rows: Axis, key: Layout, keys: Axis, shared: Sequence[tuple[Axis, Axis]]) -> bool:
+    """Whether queries and keys are of the same sequences: not halves of a batch that two inputs were put into.
+
+    Args:
+        query: what the axes of the queries are made of.
+        rows: their axis of queries.
+        key: what the axes of the keys are made of.
+        keys: their axis of keys.
+        shared: axes that are multiplied entry by entry.
+    """
     for mine, theirs in shared:
         for one, other in itertools.product(sources_of(mine), sources_of(theirs)):
             if one is not other and (one.is_made_of(other) or other.is_made_of(one)):
                 return False
-    return True
+    attended = _closure((*rows, *keys))
+    of_query, of_key = ({*sources_of(x.parts), *(source for source, _ in x.fixed)} for x in (query, key))
+    return all(
+        _start(query, source) == _start(key, source)
+        for source in (of_query & of_key) - attended
+        if source.kind is SourceKind.PLACES
+    )
 
 
 def shares_windows(query: Layout, key: Layout, rows: Axis, keys: Axis) -> bool:

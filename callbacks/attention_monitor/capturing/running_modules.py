@@ -44,7 +44,7 @@ def may_take_fast_path(module: nn.Module) -> bool:
 _WRAPPERS = {
     "_orig_mod": ("torch._dynamo.*.OptimizedModule",),  # torch.compile, also by accelerate
     "_fsdp_wrapped_module": ("*.FullyShardedDataParallel",),
-    "_checkpoint_wrapped_module": ("torch.distributed.*.ActivationWrapper",),  # checkpoint_wrapper, offload_wrapper
+    "_checkpoint_wrapped_module": ("*",),  # checkpoint_wrapper, offload_wrapper, and their like of other libraries
     "module": (
         "*DataParallel",  # torch's two, and those of Megatron, apex, fairscale
         "deepspeed.*Engine",

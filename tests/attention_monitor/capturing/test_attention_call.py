@@ -127,12 +127,6 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Both marks go when this is mended, which the strict one tells: it fails then. The other cannot be strict, because the
-# numbers are equal already where sizes or the CPU let "medium" change nothing.
-PRECISION_REACHES_US = "scores are multiplied in the precision that the user has set for the model"
-
-
-@pytest.mark.xfail(reason=PRECISION_REACHES_US, strict=False)
 @pytest.mark.parametrize("head_dim", [64, 384])  # short products are computed otherwise than long ones
 @pytest.mark.parametrize("set_to", ["high", "medium"])
 def test_numbers_do_not_depend_on_the_precision_set_for_the_model(precision, set_to, head_dim):
@@ -150,7 +144,6 @@ def test_numbers_do_not_depend_on_the_precision_set_for_the_model(precision, set
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.xfail(reason=PRECISION_REACHES_US, strict=True)
 @pytest.mark.parametrize("numbers", [AttentionCall.pattern, summarize])
 def test_scores_are_multiplied_in_full_precision_whatever_is_set_for_the_model(precision, numbers):
     precision("medium")

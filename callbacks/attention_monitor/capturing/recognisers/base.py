@@ -87,8 +87,12 @@ class FunctionCall:
         self.clue = Clue.of(q_layout, rows, keys, (q_origin.mixed, k_origin.mixed), weight, untagged(contracted))
         found = places(q_layout, rows, k_layout, keys, own_keys=own_keys)
         told: dict[str, Any] = {"self_attention": None}
-        if found.same_tokens and (q_origin.mixed != k_origin.mixed or not same_sequences(shared)):
+        if found.same_tokens and (
+            q_origin.mixed != k_origin.mixed or not same_sequences(q_layout, rows, k_layout, keys, shared)
+        ):
             told = {"self_attention": False}  # of another depth: what an encoder made of the tokens; other sequences
+        elif found.are_apart:
+            told = {"self_attention": False}
         elif found.same_tokens:
             positions = found.positions if own_keys or shares_windows(q_layout, k_layout, rows, keys) else None
             told = {"self_attention": True, "query_positions": positions, "positions_known": positions is not None}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention_call import AttentionCall, NotUnderstoodError
-from ..axes import Layout, is_features
+from ..axes import Axis, Layout, Part, SourceKind, is_features
 from ..products import best_axis
 from ..provenance import Origin
 from ..roles import Roles, of_fused
@@ -60,20 +60,27 @@ def read_fused(
         own = {p.source for i, p in enumerate(part for axis in merged for part in axis) if i in roles.rows}
         rows = tuple(part for part in q_layout.parts if part.source in own)
     keys = k_layout.axes[-2]
+    scores: Tensor | None = None
     if is_features(rows) and is_features(keys) and not _has_features(of_query, k_layout):
         relation: dict[str, Any] = {"self_attention": True, "over": "channels", "positions_known": False}
     else:
+        own_rows = rows if roles.own_keys else tuple(p for p in rows if not _is_head(p, of_query, keys))
         relation = call.relation(
-            (q_origin, q_layout, rows),
+            (q_origin, q_layout, own_rows),
             (k_origin, k_layout, keys),
             own_keys=roles.own_keys,
             contracted=q_layout.axes[-1],
             shared=list(zip(q_layout.axes[:-2], k_layout.axes[:-2], strict=True)),
         )
+    if any(_is_head(part, of_query, keys) for part in rows):  # heads and queries in one axis
+        roles = _cut_rows(roles, rows, of_query, keys)
+        scores = _scores(q, k.expand(*leading, -1, -1), mask, **options)
     common: dict[str, Any] = {"windows": roles.n_windows, "assumed": roles.assumed, **relation}
     if roles.own_keys:
         scores = _scores(q, k.expand(*leading, -1, -1), mask, **options)  # (..., 1, K)
-        return AttentionCall("", None, None, model_scores=_of_last(roles, scores.shape[-2:]).arranged(scores), **common)
+        roles = _of_last(roles, scores.shape[-2:])
+    if scores is not None:
+        return AttentionCall("", None, None, model_scores=roles.arranged(scores), **common)
     if not grouped:
         k, value = k.expand(*leading, -1, -1), value.expand(*leading, -1, -1)
     return AttentionCall(
@@ -87,11 +94,29 @@ def read_fused(
     )
 
 
+def _is_head(part: Part, query: Layout, keys: Axis) -> bool:
+    """Whether a part of the axis of queries is heads: of the projection that is summed over, and not of the keys."""
+    of_head = {part.source for part in query.axes[-1]}
+    return part.source.kind is SourceKind.FEATURES and part.source in of_head - {p.source for p in keys}
+
+
+def _cut_rows(roles: Roles, rows: Axis, query: Layout, keys: Axis) -> Roles:
+    """Return the roles of scores whose axis of queries is cut into heads and queries."""
+    n = len(roles.sizes) - 2
+    K = math.prod(part.size for part in keys)
+    heads = [n + i for i, part in enumerate(rows) if _is_head(part, query, keys)]
+    others = [n + i for i in range(len(rows)) if n + i not in heads]
+    sizes = [*roles.sizes[:n], *(part.size for part in rows), K]
+    return Roles(
+        sizes, roles.samples, roles.windows, [*roles.heads, *heads], others, [len(sizes) - 1], assumed=roles.assumed
+    )
+
+
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """Compute the scores of queries that have keys of their own, (..., 1, K)."""
     scores = scale * (q.float() @ k.float().mT)
     if is_causal:
-        scores[..., 1:] = -torch.inf
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=q.device).tril() == 0, -torch.inf)
     if mask is not None:
         hidden = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, -torch.inf) if hidden else scores + mask
