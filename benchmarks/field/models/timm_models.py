@@ -417,3 +417,11 @@ _add("mobilenetv4_hybrid_medium", Kind("MultiQueryAttention2d"), sites=8, both=T
 _add("resnet50_clip", Kind("AttentionPool2d"), sites=1, img_size=64)
 _add("resnest14d", sites=0)
 _add("efficientvim_m1", sites=0)
+_add("maxxvit_rmlp_nano_rw_256", *PARTITIONS, sites=14, img_size=64)
+_add("qwen3_vit_416m_enc", Kind("AttentionRope"), sites=2, img_size=64, embed_dim=64, depth=2, num_heads=4)
+_add("gemma4_vit_167m_enc", Kind("Gemma4Attention"), sites=2, size=96, img_size=96, embed_dim=64, depth=2, num_heads=4)
+_add("sebotnet33ts_256", Kind("BottleneckAttn", "(b h) q k"), sites=4, img_size=64)
+_add("vit_tiny_r_s16_p8_224", ATTENTION, sites=1, img_size=64, embed_dim=32, depth=1, num_heads=4)
+# softmaxes that are no attention of queries to keys: a place for each channel, a path for each channel
+_add("gcresnet33ts", Kind("GlobalContext", shows="silence"), sites=0)
+_add("skresnet18", Kind("SelectiveKernelAttn", shows="silence"), sites=0)
