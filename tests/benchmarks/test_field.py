@@ -46,6 +46,14 @@ class FakeAttention(nn.Module):
         return z.transpose(1, 2).flatten(2)
 
 
+class FakeClassAttention(FakeAttention):
+    """The first token looks at all."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(B, T, 3, H, 4).permute(2, 0, 3, 1, 4)
+        return ((q[:, :, :1] @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 class FakeModel(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -110,6 +118,18 @@ def test_the_truth_is_what_the_formula_says():
 def test_what_is_said_of_a_model_has_to_fit_it(wrong, message):
     with pytest.raises(TruthError, match=message):
         true_sites(*make(wrong), wrong)
+
+
+def test_it_has_to_be_said_where_queries_are():
+    known = Kind("FakeClassAttention")
+    model = FieldModel("fake_package", "class token", lambda: FakeClassAttention(""), inputs, [known], 1)
+    with pytest.raises(TruthError, match="where its 1 queries are among 5 keys"):
+        true_sites(*make(model), model)
+    model = replace(model, kinds=[replace(known, offset=0)])
+    [site], _ = true_sites(*make(model), model)
+    call = AttentionCall("FakeClassAttention", None, None, model_scores=site.pattern.log(), self_attention=True)
+    outcome = compare([site], [call], [])  # taken to be the last position, as nothing else is known
+    assert (site.path, outcome.notes) == ("", ["FakeClassAttention: query 0 at 4 instead of 0"])
 
 
 def judged(change, *sentences: str, **kind) -> tuple[str, list[str]]:

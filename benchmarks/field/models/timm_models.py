@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -139,11 +140,14 @@ PVT: dict[str, Any] = {"embed_dims": (16, 32), "num_heads": (2, 4), "depths": (1
 _add("pvt_v2_b0", ATTENTION, sites=2, both=True, sr_ratios=(4, 2), **PVT)
 _add("pvt_v2_b2_li", ATTENTION, sites=2, both=True, **PVT)
 
+# queries are pooled where a stage begins
 MASK_UNITS = Kind("MaskUnitAttention", "b h w q k | b h q k", heads="heads")
+POOLED = replace(MASK_UNITS, where="blocks.[123].attn", offset="none")
 HIERA: dict[str, Any] = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "stages": (1, 1, 1, 1)}
-_add("hiera_tiny_224", MASK_UNITS, sites=4, both=True, **HIERA)
+_add("hiera_tiny_224", POOLED, MASK_UNITS, sites=4, both=True, **HIERA)
 _add(
     "hieradet_small",
+    Kind("MultiScaleAttention", where="blocks.[124].attn", offset="none"),
     Kind("MultiScaleAttention"),
     sites=5,
     both=True,
@@ -189,6 +193,7 @@ _add_class(
         img_size=(64, 64),
         num_classes=5,
     ),
+    Kind("MultiScaleAttention", where="stages.1.*", offset="none"),
     Kind("MultiScaleAttention"),
     sites=2,
 )
@@ -208,6 +213,7 @@ _add_class(
         img_size=(64, 64),
         num_classes=5,
     ),
+    Kind("MultiScaleAttention", where="stages.1.*", offset="none"),
     Kind("MultiScaleAttention"),
     sites=2,
 )

@@ -270,6 +270,7 @@ _vit(
 )
 _vit(
     "levit.LeViT",
+    Kind("Attention", heads="heads", where="backbone.1.*", offset="none"),
     ATTENTION,
     sites=3,
     size=64,
