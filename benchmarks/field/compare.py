@@ -84,6 +84,8 @@ def compare(sites: Sequence[TrueSite], calls: Sequence[AttentionCall], sentences
         ours = of_path[site.name]
         if site.pattern is None:
             verdict = _judge_nothing(site, ours, sentences)
+            if ours:
+                outcome.notes.append(f"{site.name}: {tuple(ours[0].shape)} shown, but it has no pattern")
             ours.clear()
         elif not ours:
             verdict = "refused with a sentence" if _is_said(site.name, sentences) else "left out in silence"
@@ -110,9 +112,8 @@ def _owner(site: str, sites: Sequence[TrueSite]) -> str:
 def _judge_nothing(site: TrueSite, calls: Sequence[AttentionCall], sentences: Sequence[str]) -> str:
     if calls:
         return "wrong"
-    if site.kind.shows == "silence":
-        return "right"
-    return "refused with a sentence" if _is_said(site.name, sentences) else "left out in silence"
+    is_right = site.kind.shows == "silence" or _is_said(site.name, sentences)
+    return "right" if is_right else "left out in silence"
 
 
 def _judge(site: TrueSite, call: AttentionCall, outcome: Outcome) -> str:

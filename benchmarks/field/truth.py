@@ -174,6 +174,9 @@ class _Watch:
         for pattern in patterns:
             if pattern.shape[1] != heads:
                 raise TruthError(f"{running.name}: {heads} heads are said, {pattern.shape[1]} found")
+            Q, K = pattern.shape[2:]
+            if Q < K and kind.shows == "tokens" and kind.is_self and kind.offset is None:
+                raise TruthError(f"{running.name}: it is not said where its {Q} queries are among {K} keys")
             self.sites.append(TrueSite(running.path, running.name, kind, heads, pattern))
 
 

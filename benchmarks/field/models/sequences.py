@@ -426,7 +426,7 @@ _x("Decoder grouped queries, fused", X_ATTENTION, attn_kv_heads=2, attn_flash=Tr
 _x("Decoder one key head", X_ATTENTION, attn_one_kv_head=True)
 _x("Decoder talking heads", MIXED, attn_pre_talking_heads=True, attn_post_talking_heads=True)
 _x("Decoder talking heads before", X_ATTENTION, attn_pre_talking_heads=True)
-_x("Decoder memory", X_ATTENTION, attn_num_mem_kv=3)
+_x("Decoder memory", Kind("Attention", heads="heads", offset=3), attn_num_mem_kv=3)
 _x("Decoder ALiBi", X_ATTENTION, alibi_pos_bias=True)
 _x("Decoder normalised", X_ATTENTION, attn_qk_norm=True)
 _x("Decoder sparse", X_ATTENTION, attn_sparse_topk=4)
@@ -559,7 +559,7 @@ _add(
         "sinkhorn_transformer.SinkhornTransformer", dim=32, depth=1, heads=4, dim_head=8, bucket_size=8, max_seq_len=40
     ),
     vectors(40, 32),
-    Kind("SinkhornAttention", "(b h) w q k", "heads"),
+    Kind("SinkhornAttention", "(b h) w q k", "heads", offset=8),
     sites=1,
 )
 _add(

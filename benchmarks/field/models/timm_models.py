@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -139,11 +140,14 @@ PVT: dict[str, Any] = {"embed_dims": (16, 32), "num_heads": (2, 4), "depths": (1
 _add("pvt_v2_b0", ATTENTION, sites=2, both=True, sr_ratios=(4, 2), **PVT)
 _add("pvt_v2_b2_li", ATTENTION, sites=2, both=True, **PVT)
 
+# queries are pooled where a stage begins
 MASK_UNITS = Kind("MaskUnitAttention", "b h w q k | b h q k", heads="heads")
+POOLED = replace(MASK_UNITS, where="blocks.[123].attn", offset="none")
 HIERA: dict[str, Any] = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "stages": (1, 1, 1, 1)}
-_add("hiera_tiny_224", MASK_UNITS, sites=4, both=True, **HIERA)
+_add("hiera_tiny_224", POOLED, MASK_UNITS, sites=4, both=True, **HIERA)
 _add(
     "hieradet_small",
+    Kind("MultiScaleAttention", where="blocks.[124].attn", offset="none"),
     Kind("MultiScaleAttention"),
     sites=5,
     both=True,
@@ -189,6 +193,7 @@ _add_class(
         img_size=(64, 64),
         num_classes=5,
     ),
+    Kind("MultiScaleAttention", where="stages.1.*", offset="none"),
     Kind("MultiScaleAttention"),
     sites=2,
 )
@@ -208,6 +213,7 @@ _add_class(
         img_size=(64, 64),
         num_classes=5,
     ),
+    Kind("MultiScaleAttention", where="stages.1.*", offset="none"),
     Kind("MultiScaleAttention"),
     sites=2,
 )
@@ -417,3 +423,11 @@ _add("mobilenetv4_hybrid_medium", Kind("MultiQueryAttention2d"), sites=8, both=T
 _add("resnet50_clip", Kind("AttentionPool2d"), sites=1, img_size=64)
 _add("resnest14d", sites=0)
 _add("efficientvim_m1", sites=0)
+_add("maxxvit_rmlp_nano_rw_256", *PARTITIONS, sites=14, img_size=64)
+_add("qwen3_vit_416m_enc", Kind("AttentionRope"), sites=2, img_size=64, embed_dim=64, depth=2, num_heads=4)
+_add("gemma4_vit_167m_enc", Kind("Gemma4Attention"), sites=2, size=96, img_size=96, embed_dim=64, depth=2, num_heads=4)
+_add("sebotnet33ts_256", Kind("BottleneckAttn", "(b h) q k"), sites=4, img_size=64)
+_add("vit_tiny_r_s16_p8_224", ATTENTION, sites=1, img_size=64, embed_dim=32, depth=1, num_heads=4)
+# softmaxes that are no attention of queries to keys: a place for each channel, a path for each channel
+_add("gcresnet33ts", Kind("GlobalContext", shows="silence"), sites=0)
+_add("skresnet18", Kind("SelectiveKernelAttn", shows="silence"), sites=0)

@@ -270,6 +270,7 @@ _vit(
 )
 _vit(
     "levit.LeViT",
+    Kind("Attention", heads="heads", where="backbone.1.*", offset="none"),
     ATTENTION,
     sites=3,
     size=64,
@@ -500,16 +501,17 @@ CROSS = Kind("Attention", "b h q k | (b h) q k", "heads", where="*.attn2", is_se
 
 def _unet(processor: Callable[[], Any] | None = None) -> nn.Module:
     """Build a UNet, with another way of computing its attention."""
-    model = load("diffusers.UNet2DModel")(
+    model: Any = load("diffusers.UNet2DModel")(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         **UNET,
     )
-    for module in model.modules() if processor is not None else ():
-        if hasattr(module, "set_processor"):
-            module.set_processor(processor())
+    if processor is not None:
+        for module in model.modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(processor())
     return model
 
 
