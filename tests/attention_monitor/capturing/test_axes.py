@@ -301,6 +301,130 @@ def test_neighbours_of_each_query_are_its_keys(how):
     assert values["first_token"].isnan().all()
 
 
+def test_queries_picked_by_a_mask_have_their_own_positions():
+    x, mask = torch.eye(8).expand(2, 8, 8).clone(), torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
+    [call] = calls_of(Picks(lambda m, x: m.q(x)[:, mask]), x)
+    assert call.query_positions.tolist() == [0, 2, 3, 6]
+    mask = torch.stack([mask, mask.flip(0)])
+    [call] = calls_of(Picks(lambda m, x: m.q(x)[mask].view(2, 4, 8)), x)
+    assert not call.has_positions  # they differ from sequence to sequence
+
+
+@pytest.mark.parametrize("order", ["b t h d -> b (h t) d", "b t h d -> b (t h) d"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_heads_in_the_rows_of_a_call_with_one_key_head_are_heads(fused, order):
+    class OneKeyHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.kv = nn.Linear(12, 12), nn.Linear(12, 8)
+
+        def forward(self, x):
+            q = self.q(x).view(2, 5, 3, 4)
+            q = (q.transpose(1, 2) if "(h t)" in order else q).reshape(2, 15, 4)
+            k, v = self.kv(x).chunk(2, -1)
+            if fused:
+                return F.scaled_dot_product_attention(q, k, v)
+            return (q @ k.mT / 2).softmax(-1) @ v
+
+    model, x = OneKeyHead(), torch.randn(2, 5, 12)
+    [call] = calls_of(model, x)
+    q, k = model.q(x).view(2, 5, 3, 4).transpose(1, 2), model.kv(x)[:, None, :, :4]
+    torch.testing.assert_close(call.pattern(), (q @ k.mT / 2).softmax(-1), atol=1e-6, rtol=0)
+    assert call.has_positions
+
+
+@pytest.mark.parametrize("letters", ["hd,bhtd->bht", "hd,bthd->bth", "hd,bhtd->hbt", "hnd,bhtd->bhnt"])
+def test_learned_queries_look_at_each_sequence(letters):
+    """The batch is in the keys alone, and no axis of queries."""
+    many = "n" in letters
+
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seeds, self.kv = nn.Parameter(torch.randn(*((3, 2, 4) if many else (3, 4)))), nn.Linear(12, 24)
+
+        def forward(self, x):
+            k, v = (z.view(2, 5, 3, 4) for z in self.kv(x).chunk(2, -1))
+            given = letters.partition("->")[0].partition(",")[2]
+            k = k if given == "bthd" else k.transpose(1, 2)
+            scores = torch.einsum(letters, self.seeds, k)
+            result = letters.partition("->")[2]
+            weights = scores.softmax(result.index("t"))
+            return torch.einsum(f"{result},bthd->{result.replace('t', '')}d", weights, v)
+
+    model, x = Pooling(), torch.randn(2, 5, 12)
+    [call] = calls_of(model, x)
+    k = model.kv(x)[..., :12].view(2, 5, 3, 4).transpose(1, 2)
+    seeds = model.seeds if many else model.seeds[:, None]
+    torch.testing.assert_close(call.pattern(), (seeds @ k.mT).softmax(-1), atol=1e-6, rtol=0)
+    assert not call.is_self_attention
+
+
+@pytest.mark.parametrize("how", ["view", "a layer for each"])
+def test_tokens_that_a_layer_makes_are_tokens(how):
+    class Latent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.make, self.each = nn.Linear(7, 40), nn.ModuleList(nn.Linear(7, 8) for _ in range(5))
+            self.attention = Attend()
+
+        def forward(self, x):
+            tokens = self.make(x).view(2, 5, 8) if how == "view" else torch.stack([f(x) for f in self.each], 1)
+            return self.attention(tokens, tokens)
+
+    [call] = calls_of(Latent(), torch.randn(2, 7))
+    assert call.shape == (2, 1, 5, 5)
+    assert call.is_self_attention
+    assert call.has_positions
+
+
+def test_windows_that_are_put_together_along_the_batch_are_windows():
+    class Put(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = OwnHead()
+
+        def forward(self, x):
+            return self.attention(torch.cat(x.chunk(3, 1), 0))
+
+    model, x = Put(), torch.randn(2, 12, 8)
+    [call] = calls_of(model, x)
+    assert (call.n_samples, call.windows) == (2, 3)
+    windows = x.view(6, 4, 8)
+    head = model.attention
+    scores = head.q(windows) @ head.k(windows).mT / 2
+    expected = scores.masked_fill(torch.ones(4, 4).triu(1) > 0, -torch.inf).softmax(-1)
+    torch.testing.assert_close(call.pattern()[:, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_a_cache_that_is_filled_before_may_be_read_by_several_calls():
+    """Rows of several calls with one cache are put together, each at its own position."""
+
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            keys, values, out = x.new_zeros(2, 6, 8), x.new_zeros(2, 6, 8), []
+            for start, stop in ((0, 3), (3, 4)):
+                q, keys[:, start:stop], values[:, start:stop] = self.qkv(x[:, start:stop]).chunk(3, -1)
+                mask = torch.arange(6) <= torch.arange(start, stop)[:, None]
+                out.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
+            return torch.cat(out, 1)
+
+    model, x = Cached(), torch.randn(2, 4, 8)
+    calls = calls_of(model, x)
+    q, k, _ = model.qkv(x).chunk(3, -1)
+    expected = (q @ k.mT / 8**0.5).masked_fill(torch.ones(4, 4).triu(1) > 0, -torch.inf).softmax(-1)
+    rows = torch.cat([call.pattern()[:, 0, :, :4] for call in calls], 1)
+    torch.testing.assert_close(rows, expected, atol=1e-6, rtol=0)
+    positions = [p for call in calls for p in call.positions_of(torch.arange(call.shape[2])).tolist()]
+    assert positions == [0, 1, 2, 3]
+    for call in calls:
+        summarize(call)
+
+
 # Loops
 
 
@@ -749,6 +873,37 @@ def test_queries_and_keys_of_two_sequences_are_cross_attention(name):
     [call] = calls_of(Net(OTHER[name]), torch.randn(2, 6, 8), torch.randn(2, 9, 8))
     assert not call.is_self_attention
     assert summarize(call)["diagonal_mean"].isnan().all()
+
+
+def halves(z):
+    return z[:2], z[2:]
+
+
+STREAMS = {
+    "split of a batch": lambda m, x, y: m.layer(torch.cat([x, y])).split(2),
+    "slices of a batch": lambda m, x, y: halves(m.layer(torch.cat([x, y]))),
+    "stacked, selected": lambda m, x, y: m.layer(torch.stack([x, y])).unbind(0),
+    "every second": lambda m, x, y: (lambda z: (z[::2], z[1::2]))(m.layer(torch.stack([x, y], 1).flatten(0, 1))),
+    "along the tokens": lambda m, x, y: m.layer(torch.cat([x, y], 1)).split([6, 6], 1),
+    "turned batch": lambda m, x, y: (m.layer(x), m.layer(x.roll(1, 0))),
+    "other samples": lambda m, x, y: (m.layer(x), m.layer(x[[1, 0]])),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_two_streams_that_share_a_batch_are_cross_attention(name):
+    [call] = calls_of(Net(STREAMS[name]), torch.randn(2, 6, 8), torch.randn(2, 6, 8))
+    assert call.shape == (2, 1, 6, 6)
+    assert not call.is_self_attention
+    assert not call.has_positions
+
+
+@pytest.mark.parametrize("name", ["keys in another order", "every second key"])
+def test_keys_that_are_not_one_after_the_other_give_no_positions(name):
+    pick = {"keys in another order": lambda x: x[:, [3, 0, 4, 1, 2, 5]], "every second key": lambda x: x[:, ::2]}[name]
+    [call] = calls_of(Net(lambda m, x: (x, pick(x))), torch.randn(2, 6, 8))
+    assert call.is_self_attention
+    assert not call.has_positions
 
 
 @pytest.mark.parametrize("first", [True, False])
