@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from threading import get_ident
 from typing import Any, Protocol
 
@@ -33,34 +34,60 @@ def may_take_fast_path(module: nn.Module) -> bool:
     )
 
 
+# What wraps a model without being a part of it: the name that it gives the model -> its class, by package and name, or
+# one that it derives from.
+_WRAPPERS = {
+    "_orig_mod": ("torch._dynamo.*.OptimizedModule",),  # torch.compile, also by accelerate
+    "_fsdp_wrapped_module": ("*.FullyShardedDataParallel",),
+    "_checkpoint_wrapped_module": ("torch.distributed.*.ActivationWrapper",),  # checkpoint_wrapper, offload_wrapper
+    "module": (
+        "*DataParallel",  # torch's two, and those of Megatron, apex, fairscale
+        "deepspeed.*Engine",
+    ),
+    "base_model": ("peft.*.PeftModel", "peft.*.PeftMixedModel"),
+    "model": ("peft.tuners.*Model",),  # LoRA and its like; prefix and prompt tuning have none
+}
+
+
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
     """Map each module to its path in the model, without what wrappers put into the path.
+
+    A wrapper shares the path of what it wraps; no other two modules have the same. Where they would, because a wrapper
+    has a module of its own beside the model, the model keeps its place in the wrapper's path.
 
     Example:
         >>> list(module_names(nn.Sequential(nn.Linear(2, 2))).values())
         ['', '0']
+        >>> list(module_names(nn.DataParallel(nn.Sequential(nn.Linear(2, 2)))).values())
+        ['', '', '0']
     """
     at = dict(model.named_modules())  # parents come first
     names = {model: ""}
+    below = {model: {child for child, _ in model.named_children()}}  # what stands directly below a module's path
+    unwrapped: set[nn.Module] = set()
     for path, module in at.items():
-        if module not in names:
-            parent, _, child = path.rpartition(".")
-            name = names[at[parent]]
-            if not _is_wrapped(at[parent], parent, child, module):
-                name = f"{name}.{child}" if name else child
-            names[module] = name
+        if module in names:
+            continue
+        parent_path, _, child = path.rpartition(".")
+        parent, children = at[parent_path], {name for name, _ in module.named_children()}
+        beside = below[parent]
+        is_free = parent not in unwrapped and children.isdisjoint(beside - {child})
+        if is_free and _is_wrapped(parent, child):
+            unwrapped.add(parent)
+            names[module], below[module] = names[parent], beside  # one set for the two
+            beside.remove(child)
+            beside |= children
+        else:
+            names[module], below[module] = f"{names[parent]}.{child}".removeprefix("."), children
     return names
 
 
-def _is_wrapped(parent: nn.Module, path_of_parent: str, child: str, module: nn.Module) -> bool:
-    """Whether a module is what its parent wraps: torch.compile, FSDP, checkpoint_wrapper; DataParallel; PEFT."""
-    if child in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
-        return True
-    if child == "module":
-        return re.search("Parallel|Engine", type(parent).__name__) is not None
-    if child == "base_model":
-        return "model" in module._modules
-    return child == "model" and path_of_parent.rpartition(".")[2] == "base_model"
+def _is_wrapped(parent: nn.Module, child: str) -> bool:
+    """Whether a module is what its parent wraps, by what the parent is."""
+    if child not in _WRAPPERS:
+        return False
+    classes = [f"{kind.__module__}.{kind.__name__}" for kind in type(parent).__mro__]
+    return any(fnmatchcase(name, wrapper) for wrapper in _WRAPPERS[child] for name in classes)
 
 
 @dataclass

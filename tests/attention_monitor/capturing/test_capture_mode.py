@@ -81,52 +81,6 @@ def test_a_module_that_is_registered_twice_is_one_site_with_two_calls():
     assert [call.site for call in calls] == ["layers.0.attn[0]", "layers.0.attn[1]"]
 
 
-class DataParallelLike(nn.Module):
-    """What DistributedDataParallel and DataParallel are to module paths."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args):
-        return self.module(*args)
-
-
-class LoraModel(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args):
-        return self.model(*args)
-
-
-class PeftModel(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.base_model = LoraModel(model)
-
-    def forward(self, *args):
-        return self.base_model(*args)
-
-
-WRAPPERS = {
-    "compile": torch.compile,
-    "data parallel": DataParallelLike,
-    "peft": PeftModel,
-    "several": lambda model: torch.compile(DataParallelLike(PeftModel(model))),
-}
-
-
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.parametrize("inside", [True, False])
-def test_wrappers_leave_no_trace_in_site_names(wrap, inside):
-    model = nn.Sequential(nn.ModuleDict({"net": wrap(Stack(1))})["net"]) if inside else wrap(Stack(1))
-    with capture(model) as calls:
-        model(torch.randn(1, 4, 8))
-    assert [call.site for call in calls] == ["0.layers.0.attn" if inside else "layers.0.attn"]
-
-
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
