@@ -1,8 +1,11 @@
 """What wraps a model: torch's own, and stand-ins for libraries that the suite does without."""
 
+import lightning
+import lightning_fabric
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 
 def of(home):
@@ -27,7 +30,7 @@ class LoraModel(nn.Module):
 
 @of("peft.peft_model")
 class PeftModel(nn.Module):
-    """With what it wraps: a tuner such as LoRA's."""
+    """Wraps a tuner such as LoRA's, or in prefix and prompt tuning the model itself."""
 
     def __init__(self, model):
         super().__init__()
@@ -56,11 +59,21 @@ def lora(model):
     return PeftModelForCausalLM(LoraModel(model))
 
 
+def prefix_tuning(model):
+    wrapped = PeftModelForCausalLM(model)
+    wrapped.prompt_encoder = nn.ModuleDict({"default": nn.Embedding(2, 8)})
+    return wrapped
+
+
 WRAPPERS = {
     "compile": torch.compile,
     "data parallel": nn.DataParallel,
     "checkpoint": checkpoint_wrapper,
     "deepspeed": DeepSpeedEngine,
-    "peft": lora,
+    "averaged": AveragedModel,
+    "fabric": lambda model: lightning.Fabric(accelerator="cpu", devices=1).setup(model),
+    "fabric, by its other name": lambda model: lightning_fabric.Fabric(accelerator="cpu", devices=1).setup(model),
+    "lora": lora,
+    "prefix tuning": prefix_tuning,
     "several": lambda model: torch.compile(nn.DataParallel(lora(model))),
 }

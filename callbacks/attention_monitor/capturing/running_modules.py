@@ -43,7 +43,9 @@ _WRAPPERS = {
     "module": (
         "*DataParallel",  # torch's two, and those of Megatron, apex, fairscale
         "deepspeed.*Engine",
+        "torch.optim.swa_utils.AveragedModel",
     ),
+    "_forward_module": ("lightning.fabric.*._FabricModule", "lightning_fabric.*._FabricModule"),
     "base_model": ("peft.*.PeftModel", "peft.*.PeftMixedModel"),
     "model": ("peft.tuners.*Model",),  # LoRA and its like; prefix and prompt tuning have none
 }

@@ -123,7 +123,12 @@ def test_names_of_peft_are_those_of_the_model_without_it():
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     options = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 11, "n_positions": 16}
-    for config in (peft.LoraConfig(task_type="CAUSAL_LM"), peft.IA3Config(task_type="CAUSAL_LM")):
+    for config in (
+        peft.LoraConfig(task_type="CAUSAL_LM"),
+        peft.IA3Config(task_type="CAUSAL_LM"),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**options))
         with capture(wrapped := peft.get_peft_model(model, config)) as calls:
             wrapped(torch.zeros(1, 4, dtype=torch.long))
