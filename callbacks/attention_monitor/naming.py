@@ -64,18 +64,21 @@ def in_order(sites: Sequence[str], cross: Sequence[bool]) -> tuple[list[int], li
 def layer_labels(sites: list[str]) -> list[str]:
     """Label sites: ``L00``, ``L01`` ... in a plain stack, where paths differ in one number; elsewhere by their paths.
 
+    Layers are counted from 0 in the order of that number, whatever it is: a model may have attention in few of its
+    modules, or something else before the first.
+
     Example:
-        >>> layer_labels(["h.0.attn", "h.1.attn"]), layer_labels(["encoder.attn", "decoder.attn"])
+        >>> layer_labels(["h.2.attn", "h.5.attn"]), layer_labels(["encoder.attn", "decoder.attn"])
         (['L00', 'L01'], ['encoder.attn', 'decoder.attn'])
     """
-    templates = {_NUMBER.sub("*", site) for site in sites}
-    numbers = [_NUMBER.findall(site) for site in sites]
-    if len(templates) == 1:
-        varying = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
-        if len(varying) == 1:
-            return [layer_name(int(number)) for number in varying[0]]
-        if len(sites) == 1:
-            return [layer_name(int(numbers[0][0]) if len(numbers[0]) == 1 else 0)]
+    if len(sites) == 1:
+        return [layer_name(0)]
+    if len({_NUMBER.sub("*", site) for site in sites}) == 1:
+        columns = zip(*(map(int, _NUMBER.findall(site)) for site in sites), strict=True)
+        varying = [column for column in columns if len(set(column)) > 1]
+        if len(varying) == 1 and len(set(varying[0])) == len(sites):  # 01 and 1 are two modules
+            counted = sorted(varying[0])
+            return [layer_name(counted.index(number)) for number in varying[0]]
     return list(sites)
 
 

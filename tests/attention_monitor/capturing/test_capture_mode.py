@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_monitor import NoAttentionError, capture, summarize
 from attention_monitor.capturing.capture_mode import Capture
-from attention_monitor.naming import layer_labels, stacks
 
 from ..project import installed
 
@@ -457,42 +456,6 @@ def test_no_attention_is_an_error_that_names_what_looks_like_it():
 def test_an_error_of_the_model_is_not_replaced_by_the_lack_of_attention():
     with pytest.raises(ZeroDivisionError), capture(nn.Linear(2, 2)):
         raise ZeroDivisionError
-
-
-@pytest.mark.parametrize(
-    ("sites", "labels"),
-    [
-        (["gpt.h.0.attn", "gpt.h.1.attn"], ["L00", "L01"]),
-        (["h.0.attn", "h.2.attn"], ["L00", "L02"]),
-        (["h.0.attn.3", "h.1.attn.3"], ["L00", "L01"]),
-        (["attn"], ["L00"]),
-        (["enc.0.attn", "dec.0.attn"], ["enc.0.attn", "dec.0.attn"]),
-        (["stage.0.block.0", "stage.0.block.1", "stage.1.block.0"],) * 2,
-        (["shared[0]", "shared[1]"],) * 2,
-        ([], []),
-    ],
-)
-def test_layers_of_a_plain_stack_are_numbered_and_others_keep_their_path(sites, labels):
-    assert layer_labels(sites) == labels
-
-
-@pytest.mark.parametrize(
-    ("sites", "cross", "names"),
-    [
-        (["h.0.attn", "h.1.attn"], [False, False], ["h.*.attn"] * 2),
-        (
-            ["enc.0.attn", "enc.1.attn", "dec.0.self", "dec.0.cross", "dec.1.self", "dec.1.cross"],
-            [False, False, False, True, False, True],
-            ["enc.*.attn", "enc.*.attn", "dec.*.self", "dec.*.cross", "dec.*.self", "dec.*.cross"],
-        ),
-        (["b.0.layer.1.x", "b.1.layer.1.x"], [True, True], ["b.*.layer.1.x"] * 2),
-        (["h.0", "h.1"], [False, True], ["h.* (self)", "h.* (cross)"]),
-        (["x[0]", "x[1]"], [False, False], ["x[0]", "x[1]"]),
-        ([], [], []),
-    ],
-)
-def test_stacks_are_sites_that_differ_in_a_number(sites, cross, names):
-    assert stacks(sites, cross) == names
 
 
 def test_capture_does_not_load_the_compiler():
