@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     _Callback = pl.Callback
-    _Misconfigured: tuple[type[Exception], ...]
 else:
 
     def _installed(*homes: str) -> list[Any]:
@@ -36,12 +35,6 @@ else:
         )
     # of both, where both are: LightningCLI asks for a subclass of its own
     _Callback = type("_Callback", tuple(_callbacks), {})
-    _Misconfigured = tuple(
-        _installed(
-            "lightning_fabric.utilities.exceptions.MisconfigurationException",
-            "lightning.fabric.utilities.exceptions.MisconfigurationException",
-        )
-    )
 
 
 class AttentionMonitor(HasOptions, RunRecord, _Callback):
@@ -51,7 +44,8 @@ class AttentionMonitor(HasOptions, RunRecord, _Callback):
     training forward and draws the maps of a probe (without one, of the batch's first sequence). It writes them to the
     trainer's loggers under the step that ``self.log`` uses, and warns when a head's attention is not finite or
     collapses. Training is not changed: the loss curve is bit-identical on CPU, and nothing is installed in the model
-    between sampled steps. Under gradient accumulation the first batch of a sampled step is looked at.
+    between sampled steps. Under gradient accumulation the first batch of a sampled step is looked at; under manual
+    optimization a batch is a step, however many optimizers make steps in it.
 
     Its arguments are those of ``attention_monitor.Options``.
 
@@ -80,11 +74,14 @@ class AttentionMonitor(HasOptions, RunRecord, _Callback):
         self.statistics = [statistic.name for statistic in options.resolved_statistics]
         self._recorder: AttentionRecorder | None = None
         self._sampling = False
-        self._last_step: float = math.inf
+        self._only_if_last = False  # whether the batch is looked at in case it is the last one
+        self._optimizer_steps_before = 0  # done before the batch
+        self._most_optimizer_steps = 1  # that a batch of this run has made
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
             self._begin_run()
+            self._most_optimizer_steps = 1
 
     @property
     def state_key(self) -> str:
@@ -125,21 +122,26 @@ class AttentionMonitor(HasOptions, RunRecord, _Callback):
         )
         self._recorder.check_probes(trainer.precision_plugin.forward_context())
 
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        try:
-            self._last_step = trainer.estimated_stepping_batches - 1
-        except _Misconfigured:  # the accumulation changes between epochs
-            self._last_step = math.inf
-
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        step = _step(trainer)
-        is_last = step == self._last_step
+        step, self._optimizer_steps_before = _step(trainer), trainer.global_step
+        ends = _ends_last_epoch(trainer, batch_idx)
+        is_last = ends or self._may_reach_max_steps(trainer)
         first_of_step = batch_idx % trainer.accumulate_grad_batches == 0
         if self._recorder is not None and first_of_step and self._options.is_due(step, is_last=is_last):
             self._sampling = True
+            self._only_if_last = not (pl_module.automatic_optimization or self._options.is_due(step, is_last=ends))
             self._recorder.begin(step, trainer.precision_plugin.forward_context(), is_last=is_last)
+
+    def _may_reach_max_steps(self, trainer: "pl.Trainer") -> bool:
+        """Whether the run ends with this step if its batch makes as many optimizer steps as any before it.
+
+        ``max_steps`` counts those of all optimizers, of which manual optimization makes as many in a batch as it likes.
+        """
+        before_resuming = math.ceil(trainer.global_step / max(1, _step(trainer)))
+        most = max(self._most_optimizer_steps, before_resuming)
+        return trainer.max_steps != -1 and trainer.global_step + most >= trainer.max_steps
 
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Any) -> None:
         if self._sampling and self._recorder is not None:
@@ -148,8 +150,13 @@ class AttentionMonitor(HasOptions, RunRecord, _Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        made = trainer.global_step - self._optimizer_steps_before
+        self._most_optimizer_steps = max(self._most_optimizer_steps, made)
         if self._sampling and self._recorder is not None:
             self._sampling = False
+            if self._only_if_last and trainer.global_step < trainer.max_steps:
+                self._recorder.abort()
+                return
             seen = self._recorder.finish()
             self._keep(seen)
             if seen is not None and "normalized_entropy" in self.statistics:
@@ -191,3 +198,10 @@ class AttentionMonitor(HasOptions, RunRecord, _Callback):
 def _step(trainer: "pl.Trainer") -> int:
     """Count batches that ended in an optimizer step: the x axis of ``self.log``, as Lightning's own callbacks do."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _ends_last_epoch(trainer: "pl.Trainer", batch_idx: int) -> bool:
+    """Whether the step that begins with a batch is the last one of ``max_epochs``."""
+    n_left = trainer.num_training_batches - batch_idx
+    ends_epoch = trainer.is_last_batch or n_left <= trainer.accumulate_grad_batches
+    return ends_epoch and trainer.current_epoch + 1 == trainer.max_epochs

@@ -1,6 +1,6 @@
 """Probes, run through a model: once for all, or beside training when they are due."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -123,7 +123,6 @@ class ProbeRunner:
         once: Once,
     ) -> None:
         self.model, self.probes, self.statistics, self.sites, self._once = model, probes, statistics, sites, once
-        self._run_at: dict[str, int] = {}
         self._accepted: set[str] = set()  # probes that the model has taken
 
     @property
@@ -162,9 +161,17 @@ class ProbeRunner:
         due = [probe for probe in self.probes if is_last or sample % probe.every == 0]
         return self._try(due, step, precision)
 
-    def run_final(self, step: int, precision: AbstractContextManager[Any] | None = None) -> list[Snapshot]:
-        """Run the probes once more after training, but for those that were run at the step before."""
-        due = [probe for probe in self.probes if self._run_at.get(probe.name) != step - 1]
+    def run_final(
+        self, step: int, kept: Mapping[str, Snapshot], precision: AbstractContextManager[Any] | None = None
+    ) -> list[Snapshot]:
+        """Run the probes once more after training, but for those of which the step before was kept.
+
+        Args:
+            step: number of optimizer steps done.
+            kept: newest Snapshot of each probe that has one.
+            precision: context to run them in.
+        """
+        due = [probe for probe in self.probes if probe.name not in kept or kept[probe.name].step != step - 1]
         return self._try(due, step, precision)
 
     def _try(
@@ -176,7 +183,6 @@ class ProbeRunner:
             for probe in probes:
                 try:
                     snapshots.append(self._run(probe, step))
-                    self._run_at[probe.name] = step
                 except AttentionMonitorError as error:
                     if probe.name not in self._accepted:
                         raise

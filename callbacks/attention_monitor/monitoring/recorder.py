@@ -227,7 +227,7 @@ class AttentionRecorder(HasOptions):
 
     def sample_probes(self, step: int, precision: AbstractContextManager[Any] | None = None) -> None:
         """Run the probes alone, but for those that have been run at the step before."""
-        self._keep_probed(self._probes.run_final(step, precision))
+        self._keep_probed(self._probes.run_final(step, self.snapshots, precision))
 
     def close(self, *, complete: bool = True) -> None:
         """Have everything written.

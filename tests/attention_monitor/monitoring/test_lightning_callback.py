@@ -266,22 +266,126 @@ def test_a_model_whose_calls_cannot_be_read_trains_on_with_a_warning(tmp_path, m
     assert len(project.losses) == 10
 
 
+class Manual(Project):
+    """Optimizers of one's own; ``turn``: batch number -> numbers of those that make a step."""
+
+    automatic_optimization = False
+
+    def __init__(self, n_optimizers=1, turn=None):
+        super().__init__()
+        self.n_optimizers, self.turn = n_optimizers, turn or (lambda batch_idx: range(n_optimizers))
+
+    def training_step(self, batch, batch_idx):
+        optimizers = [self.optimizers()] if self.n_optimizers == 1 else self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for i in self.turn(batch_idx):
+            optimizers[i].step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=0.001) for _ in range(self.n_optimizers)]
+
+
 def test_two_optimizers_count_as_one_step(tmp_path):
-    class Two(Project):
-        automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(super().training_step(batch, batch_idx))
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.parameters(), lr=0.01), torch.optim.SGD(self.parameters(), lr=0.01)]
-
-    fit(tmp_path, AttentionMonitor(every_n_steps=3), Two(), max_steps=-1, max_epochs=1, limit_train_batches=8)
+    fit(tmp_path, AttentionMonitor(every_n_steps=3), Manual(2), max_steps=-1, max_epochs=1, limit_train_batches=8)
     assert steps(tmp_path) == [0, 3, 6, 7]
     assert steps(tmp_path, "loss") == list(range(8))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Seven batches, which it does not say."""
+
+    def __iter__(self):
+        return iter(torch.zeros(14, T).long())
+
+
+class Streamed(Project):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Stream(), batch_size=2)
+
+
+def schedule():
+    return pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 3})
+
+
+MODULES = {
+    "automatic": Project,
+    "1 optimizer": Manual,
+    "2 optimizers": lambda: Manual(2),
+    "3 optimizers": lambda: Manual(3),
+    "the second one in every third batch": lambda: Manual(2, lambda batch_idx: range(2 if batch_idx % 3 == 2 else 1)),
+    "in turn": lambda: Manual(2, lambda batch_idx: [batch_idx % 2]),
+    "accumulating by hand": lambda: Manual(1, lambda batch_idx: range(batch_idx % 4 == 3)),
+    "both in every fourth batch": lambda: Manual(2, lambda batch_idx: range(2 if batch_idx % 4 == 3 else 0)),
+}
+ENDS = {
+    "max_steps": {"max_steps": 10},
+    "max_steps, by none but one": {"max_steps": 13},
+    "max_epochs": {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 7},
+    "max_epochs first": {"max_steps": 100, "max_epochs": 2, "limit_train_batches": 7},
+    "max_steps first": {"max_steps": 11, "max_epochs": 5, "limit_train_batches": 7},
+}
+
+
+def rarely():
+    return AttentionMonitor(every_n_steps=1000, statistics=["entropy"])
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_the_last_batch_is_looked_at_however_many_optimizers_make_steps(tmp_path, module, end):
+    fit(tmp_path, rarely(), module(), **end)
+    assert steps(tmp_path) == [0, steps(tmp_path, "loss")[-1]]
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (Project, {"max_steps": 4, "accumulate_grad_batches": 3}),
+        (Project, {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 7, "accumulate_grad_batches": 3}),
+        (Project, {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 6, "accumulate_grad_batches": 3}),
+        (Project, {"max_steps": -1, "max_epochs": 3, "limit_train_batches": 0.2}),
+        (Project, {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 7, "callbacks": [schedule()]}),
+        (Project, {"max_steps": 9, "max_epochs": 5, "limit_train_batches": 7, "callbacks": [schedule()]}),
+        (Project, {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 3, "reload_dataloaders_every_n_epochs": 1}),
+        (Streamed, {"max_steps": -1, "max_epochs": 2}),
+        (Streamed, {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 5}),
+    ],
+)
+def test_the_last_step_is_looked_at_however_it_is_bounded(tmp_path, module, options):
+    fit(tmp_path, rarely(), module(), **options)
+    assert steps(tmp_path) == [0, steps(tmp_path, "loss")[-1]]
+
+
+@pytest.mark.parametrize("until", ["max_steps", "max_epochs"])
+@pytest.mark.parametrize("n_optimizers", [1, 2, 3])
+@pytest.mark.parametrize("saved_after", [4, 5, "epoch", 8])  # of 9 batches, in epochs of 5
+def test_a_run_that_is_resumed_knows_its_last_batch(tmp_path, until, n_optimizers, saved_after):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == saved_after * n_optimizers:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+        def on_train_epoch_end(self, trainer, module):
+            if saved_after == "epoch" and trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    limit = {"max_steps": 9 * n_optimizers} if until == "max_steps" else {"max_steps": -1, "max_epochs": 2}
+    options = {**limit, "limit_train_batches": 5}
+    fit(tmp_path / "a", None, Manual(n_optimizers), callbacks=[Save()], **options)
+    fit(tmp_path / "b", rarely(), Manual(n_optimizers), ckpt_path=str(tmp_path / "middle.ckpt"), **options)
+    assert steps(tmp_path / "b") == steps(tmp_path / "b", "loss")[-1:]
+
+
+def test_a_batch_that_might_have_been_the_last_leaves_nothing_and_the_probe_is_run_at_the_end(tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 9  # max_steps would be reached by the twelfth batch
+
+    module = MODULES["accumulating by hand"]()
+    fit(tmp_path, AttentionMonitor(every_n_steps=1000, probe="hello"), module, callbacks=[Stop()], max_steps=3)
+    assert steps(tmp_path) == [0]
+    assert [image.step for image in read(tmp_path).Images("attention_maps/text")] == [0, 10]
+    assert installed(module) == 0
 
 
 def test_mean_entropy_is_on_the_progress_bar(tmp_path):
