@@ -28,7 +28,7 @@ class HeadRoles:
         return before != self._since
 
     def since(self) -> dict[str, dict[str, int]]:
-        """Return head -> role -> step at which the head took it on, heads in order."""
+        """Return head -> role -> step at which that was first seen, heads in order."""
         roles: dict[str, dict[str, int]] = {}
         for (head, role, _), step in sorted(self._since.items()):
             known = roles.setdefault(head, {})

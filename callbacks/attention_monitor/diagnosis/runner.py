@@ -14,7 +14,7 @@ MAX_NAMED = 8  # heads in one message, which fill two or three lines of a termin
 
 
 class Diagnosis:
-    """Runs the detectors over snapshots; each kind of trouble of a head is reported once, when it begins."""
+    """Runs the detectors over snapshots; each kind of trouble of a head is reported once, when it is first seen."""
 
     def __init__(self) -> None:
         self.detectors = [cls() for cls in sorted(DETECTORS, key=lambda cls: cls.severity)]  # "error" < "warning"

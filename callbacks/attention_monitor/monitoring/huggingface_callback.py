@@ -50,7 +50,7 @@ class AttentionTrainerCallback(HasOptions, RunRecord, TrainerCallback):
     Attributes:
         first: first live Snapshot of this run.
         latest: newest live Snapshot.
-        roles: roles that heads have, head -> role -> step at which it took that on.
+        roles: roles that heads have, head -> role -> step at which that was first seen.
 
     Example:
         >>> AttentionTrainerCallback(every_n_steps=100).every_n_steps

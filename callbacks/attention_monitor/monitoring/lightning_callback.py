@@ -53,8 +53,8 @@ class AttentionMonitor(HasOptions, RunRecord, _Callback):
         probe: probes that will be run; a list that may be added to before training.
         first: first live Snapshot of this run.
         latest: newest live Snapshot.
-        roles: roles that heads have, head -> role -> step at which it took that on; they go on in a run that is
-            resumed.
+        roles: roles that heads have, head -> role -> step at which that was first seen; they go on in a run that
+            is resumed.
 
     Example:
         >>> AttentionMonitor(every_n_steps=100, probe="The cat sat on the mat.").every_n_steps

@@ -128,7 +128,7 @@ class AttentionRecorder(HasOptions):
 
     @property
     def roles(self) -> dict[str, dict[str, int]]:
-        """Roles that heads have now: head -> role -> step at which it took that on."""
+        """Roles that heads have now: head -> role -> step at which that was first seen."""
         return self._roles.since()
 
     def check_probes(self, precision: AbstractContextManager[Any] | None = None) -> None:

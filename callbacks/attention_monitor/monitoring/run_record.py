@@ -26,5 +26,5 @@ class RunRecord:
 
     @property
     def roles(self) -> dict[str, dict[str, int]]:
-        """Roles that heads have: head -> role -> step at which it took that on."""
+        """Roles that heads have: head -> role -> step at which that was first seen."""
         return self._roles.since()

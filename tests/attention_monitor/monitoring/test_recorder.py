@@ -24,7 +24,7 @@ from attention_monitor import (
 )
 from attention_monitor.statistics import maps
 
-from ..project import VOCAB, Project, T, installed, make_trainer
+from ..project import VOCAB, Block, Project, T, installed, make_trainer
 
 
 def train(model, recorder=None, steps=10, watch_backward=False):
@@ -146,6 +146,30 @@ def test_without_a_place_nothing_is_written_and_findings_still_come(tmp_path, mo
     with pytest.warns(AttentionWarning, match="non-finite attention at step 0 in L00H00"):
         train(model, AttentionRecorder(model), steps=1)
     assert list(tmp_path.iterdir()) == []
+
+
+class Overflows(Block):
+    """What follows attention in the block, such as a feed-forward, overflows."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.inf
+
+
+@pytest.mark.parametrize("begins_in", ["values", "output", "feed-forward"])
+def test_infinity_is_not_said_to_have_begun_in_the_layer_that_shows_it(begins_in):
+    model = Project()
+    with torch.no_grad():
+        if begins_in == "values":
+            model.blocks[0].qkv.bias[16:] = torch.inf
+        elif begins_in == "output":
+            model.blocks[0].out.bias[:] = torch.inf
+        else:
+            model.blocks[0] = Overflows()
+    with pytest.warns(AttentionWarning, match="non-finite attention at step 0 in L01H00") as warned:
+        train(model, AttentionRecorder(model), steps=1)
+    [message] = [str(warning.message) for warning in warned if "non-finite" in str(warning.message)]
+    assert "L00" not in message
+    assert "need not have begun in the lowest layer named" in message
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ class Collapsed(Detector):
     statistics = ("collapse_fraction", "max_score")
     advice = (
         "More than half of the rows put over 0.95 of their weight on one key. A previous-token or induction head may "
-        "look like that and be healthy; with a growing max score or a loss that stalls it is entropy collapse, and a "
-        "lower learning rate, warm-up or QK-norm helps."
+        "look like that and be healthy; with a growing max score or a loss that stalls it may be entropy collapse, "
+        "against which a lower learning rate, warm-up or QK-norm may help."
     )
 
     def look(self, snapshot: Snapshot) -> Iterator[Finding]:

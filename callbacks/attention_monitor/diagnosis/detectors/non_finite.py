@@ -15,8 +15,10 @@ class NonFinite(Detector):
     severity = "error"
     statistics = ("nonfinite_fraction",)
     advice = (
-        "NaN or infinity in queries, keys or scores: look for an overflow in half precision, non-finite weights or "
-        "inputs, a learning rate that is too high; the lowest layer named is where it began."
+        "NaN or infinity in queries, keys or scores. It need not have begun in the lowest layer named: what lies "
+        "between that and the layer below is not looked at (its values, feed-forward, norms, the input), nor are the "
+        "steps between samples. Look for an overflow in half precision, non-finite weights or inputs, a learning rate "
+        "that is too high."
     )
 
     def look(self, snapshot: Snapshot) -> Iterator[Finding]:
