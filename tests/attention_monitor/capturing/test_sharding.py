@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 from attention_monitor import NoAttentionError, capture, summarize
 
@@ -94,12 +95,8 @@ class MultiHead(nn.Module):
         return self.attn(query, key, key, need_weights=False)[0]
 
 
-class Wrap(nn.Module):
-    """What checkpointing and compiling put around a module."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self._checkpoint_wrapped_module = inner
+class Wrap(ActivationWrapper):
+    """What checkpointing puts around a module."""
 
     def forward(self, *inputs):
         return self._checkpoint_wrapped_module(*inputs)
