@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module path
@@ -44,12 +44,15 @@ def stacks(sites: Sequence[str], cross: Sequence[bool]) -> list[str]:
     return [names[key] if used[names[key]] == 1 else f"{names[key]} ({'cross' if key[1] else 'self'})" for key in keys]
 
 
-def in_order(sites: Sequence[str], cross: Sequence[bool]) -> tuple[list[int], list[str], list[str]]:
+def in_order(
+    sites: Sequence[str], cross: Sequence[bool], modules: Collection[str] = ()
+) -> tuple[list[int], list[str], list[str]]:
     """Put sites into the order in which they are shown: those of a stack together, otherwise as they were called.
 
     Args:
         sites: paths of the sites, in order of execution.
         cross: whether each is cross-attention.
+        modules: paths of all modules of the model.
 
     Returns:
         order: indices into ``sites``.
@@ -58,27 +61,35 @@ def in_order(sites: Sequence[str], cross: Sequence[bool]) -> tuple[list[int], li
     """
     found = stacks(sites, cross)
     order = sorted(range(len(sites)), key=lambda i: found.index(found[i]))
-    return order, [found[i] for i in order], layer_labels([sites[i] for i in order])
+    return order, [found[i] for i in order], layer_labels([sites[i] for i in order], modules)
 
 
-def layer_labels(sites: list[str]) -> list[str]:
+def layer_labels(sites: list[str], modules: Collection[str] = ()) -> list[str]:
     """Label sites: ``L00``, ``L01`` ... in a plain stack, where paths differ in one number; elsewhere by their paths.
 
     Layers are counted from 0 in the order of that number, whatever it is: a model may have attention in few of its
-    modules, or something else before the first.
+    modules, or something else before the first. Where the model's modules are given, these are counted, so that a layer
+    has its number also in a step that skips others.
+
+    Args:
+        sites: paths of the sites.
+        modules: paths of all modules of the model, by which layers are counted.
 
     Example:
         >>> layer_labels(["h.2.attn", "h.5.attn"]), layer_labels(["encoder.attn", "decoder.attn"])
         (['L00', 'L01'], ['encoder.attn', 'decoder.attn'])
     """
-    if len(sites) == 1:
-        return [layer_name(0)]
-    if len({_NUMBER.sub("*", site) for site in sites}) == 1:
-        columns = zip(*(map(int, _NUMBER.findall(site)) for site in sites), strict=True)
+    templates = {_NUMBER.sub("*", site) for site in sites}
+    if len(templates) == 1:
+        beside = [path for path in modules if _NUMBER.sub("*", path) in templates and path not in sites]
+        columns = list(zip(*(map(int, _NUMBER.findall(site)) for site in [*sites, *beside]), strict=True))
+        n = len(sites)
+        if len(sites) == 1 and sum(len(set(column)) > 1 for column in columns) != 1:
+            return [layer_name(0)]
         varying = [column for column in columns if len(set(column)) > 1]
-        if len(varying) == 1 and len(set(varying[0])) == len(sites):  # 01 and 1 are two modules
+        if len(varying) == 1 and len(set(varying[0])) == len(varying[0]):  # 01 and 1 are two modules
             counted = sorted(varying[0])
-            return [layer_name(counted.index(number)) for number in varying[0]]
+            return [layer_name(counted.index(number)) for number in varying[0][:n]]
     return list(sites)
 
 

@@ -43,3 +43,10 @@ def test_layers_of_a_plain_stack_are_counted_from_0_and_others_keep_their_path(s
 )
 def test_stacks_are_sites_that_differ_in_a_number(sites, cross, names):
     assert stacks(sites, cross) == names
+
+
+def test_a_layer_has_its_number_also_where_others_are_skipped():
+    modules = ["blocks", *(f"blocks.{i}.attn" for i in range(1, 5)), "head"]
+    assert layer_labels(["blocks.2.attn", "blocks.4.attn"], modules) == ["L01", "L03"]
+    assert layer_labels(["blocks.3.attn"], modules) == ["L02"]
+    assert layer_labels(["pool.attn"], modules) == ["L00"]

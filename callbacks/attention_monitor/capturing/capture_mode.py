@@ -5,7 +5,7 @@ is calling. Both are there only while a capture lasts, and neither is in the mod
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -253,6 +253,11 @@ class Capture(TorchFunctionMode):
         self._once.warn("module", path, message, stacklevel=5)
 
     # What is asked afterwards
+
+    @property
+    def modules(self) -> Collection[str]:
+        """Paths of all modules of the model."""
+        return self._modules.paths
 
     @property
     def sites(self) -> dict[str, int]:

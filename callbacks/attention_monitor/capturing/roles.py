@@ -479,8 +479,10 @@ def same_sequences(query: Layout, rows: Axis, key: Layout, keys: Axis, shared: S
         shared: axes that are multiplied entry by entry.
     """
     for mine, theirs in shared:
-        for one, other in itertools.product(sources_of(mine), sources_of(theirs)):
-            if one is not other and (one.is_made_of(other) or other.is_made_of(one)):
+        places_of_both = ([p for p in axis if p.source.kind is SourceKind.PLACES] for axis in (mine, theirs))
+        for one, other in itertools.product(*places_of_both):
+            related = one.source is not other.source and _closure([one]) & _closure([other])
+            if related and not _are_same_picks(one.source, other.source):
                 return False
     attended = _closure((*rows, *keys))
     of_query, of_key = ({*sources_of(x.parts), *(source for source, _ in x.fixed)} for x in (query, key))
@@ -489,6 +491,13 @@ def same_sequences(query: Layout, rows: Axis, key: Layout, keys: Axis, shared: S
         for source in (of_query & of_key) - attended
         if source.kind is SourceKind.PLACES
     )
+
+
+def _are_same_picks(one: Source, other: Source) -> bool:
+    """Whether the same entries were picked twice."""
+    if one.picks is None or other.picks is None or one.picked != other.picked:
+        return False
+    return torch.equal(one.picks, other.picks)
 
 
 def shares_windows(query: Layout, key: Layout, rows: Axis, keys: Axis) -> bool:

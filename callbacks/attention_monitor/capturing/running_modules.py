@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -180,6 +180,11 @@ class RunningModules:
     def path(self) -> str:
         """Path of the innermost module that is running."""
         return self.frames[-1].name
+
+    @property
+    def paths(self) -> Collection[str]:
+        """Paths of all modules of the model, once it has been observed."""
+        return self._names.values()
 
     @property
     def is_inside(self) -> bool:

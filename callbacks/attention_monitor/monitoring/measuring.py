@@ -4,7 +4,7 @@ Shapes: B sequences, H heads, Q queries, K keys.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -143,6 +143,11 @@ class Measurement:
         """
         if not self.saw_attention:
             raise NoAttentionError(self._capture.explain_nothing())
+
+    @property
+    def modules(self) -> Collection[str]:
+        """Paths of all modules of the model."""
+        return self._capture.modules
 
     @property
     def sites(self) -> dict[str, SiteMeasurement]:

@@ -100,7 +100,8 @@ def measure_probe(
             f"HeadScore({unknown[0]!r}) to them."
         )
     columns = [*map(column_of, statistics), *probe.scores]
-    return build_snapshot(step, probe.name, measurement.sites, columns, None if measurement.pooled else probe.labels)
+    tokens = None if measurement.pooled else probe.labels
+    return build_snapshot(step, probe.name, measurement.sites, columns, tokens, measurement.modules)
 
 
 class ProbeRunner:

@@ -210,7 +210,7 @@ class AttentionRecorder(HasOptions):
                 self._require_attention(live)
             return None
         columns = [column_of(statistic, statistic.name in self._written) for statistic in self._statistics]
-        snapshot = build_snapshot(self._step, "live", sites, columns)
+        snapshot = build_snapshot(self._step, "live", sites, columns, modules=live.modules)
         self._keep(snapshot)
         self._say_what_is_odd(snapshot)
         for message in self.diagnosis.explain(self.diagnosis.update(snapshot)) if self.is_rank_zero else ():

@@ -4,7 +4,7 @@ Shapes: H heads, Q queries, K keys, T tokens.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ def build_snapshot(
     sites: Mapping[str, SiteMeasurement],
     columns: Sequence[Column],
     tokens: Sequence[str] | None = None,
+    modules: Collection[str] = (),
 ) -> Snapshot:
     """Make a Snapshot: put the sites of a stack together, name them, turn tensors into arrays.
 
@@ -94,8 +95,9 @@ def build_snapshot(
         sites: module path -> what was measured there, in order of execution.
         columns: what there is of each site.
         tokens: labels of the positions, where they are known.
+        modules: paths of all modules of the model, by which layers are counted.
     """
-    order, stacks, labels = in_order(list(sites), [site.is_cross for site in sites.values()])
+    order, stacks, labels = in_order(list(sites), [site.is_cross for site in sites.values()], modules)
     paths = [list(sites)[i] for i in order]
     scores = [column for column in columns if isinstance(column, HeadScore)]
     records = [
