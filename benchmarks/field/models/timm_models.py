@@ -278,7 +278,7 @@ _add(
     depth=((1, 1, 0),),
 )
 LEVIT: dict[str, Any] = {"img_size": 64, "embed_dim": (32, 48), "num_heads": (2, 4), "key_dim": 8, "depth": (1, 1)}
-PICKED = Kind("AttentionDownsample", offset="none")
+PICKED = Kind("AttentionDownsample", offset=0)  # query (a, b) is at key (2 a, 2 b)
 _add("levit_128s", ATTENTION, PICKED, sites=3, **LEVIT)
 _add("levit_conv_128s", ATTENTION, PICKED, sites=3, **LEVIT)
 _add(
@@ -362,7 +362,8 @@ _add("pit_ti_224", ATTENTION, sites=2, both=True, img_size=64, base_dims=(8, 8),
 _add("mobilevit_xxs", ATTENTION, sites=9, size=128, both=True)
 _add("mobilevitv2_050", Kind("LinearSelfAttention", shows="nothing"), sites=0)
 _add("botnet26t_256", Kind("BottleneckAttn", "(b h) q k"), sites=3, img_size=64)
-_add("halonet26t", Kind("HaloAttn", "(b h) w q k", offset="none"), sites=3, size=256)
+# blocks of 8 x 8 look at 12 x 12: the first query is in the third row, at the third key
+_add("halonet26t", Kind("HaloAttn", "(b h) w q k", offset=26), sites=3, size=256)
 _add("lambda_resnet26t", Kind("LambdaLayer", shows="silence"), sites=0)
 _add_class(
     "gcvit",

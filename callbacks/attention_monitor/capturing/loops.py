@@ -150,6 +150,8 @@ class Group:
             is_new = bool(clue.heads) and all(clue.heads != other.heads for other in of_step)
             one_each = shape[1] == 1 and call.shape == shape
             cut_alike = clue.weights == first[1].weights and clue.summed == of_last.summed
+            n_heads = call.shape[1] + sum(one.shape[1] for one, _, _ in self.members)
+            cut_alike = cut_alike and (self.said is None or n_heads <= self.said)
             if not is_new or not (one_each or cut_alike) or call.shape[2:] != shape[2:]:
                 return False
             if clue.depth != of_last.depth:
@@ -369,13 +371,13 @@ class Loops:
             if self._newest is not None and self._newest.joins(call, clue, path, frame):
                 return
         self._end_newest()
+        if path in self._steps:  # calls of a module are told in their order
+            self._end(self._steps.pop(path))
         H, Q = call.shape[1:3]
         group = Group(path, frame, said, [(call, clue, path)] if clue is not None else [], notes)
         if clue is None or 0 in call.shape or (H > 1 and Q > 1 and not is_slice(clue) and not call.with_gradients):
             self._on_call(path, call, notes)
         elif Q == 1:
-            if path in self._steps:
-                self._end(self._steps.pop(path))
             self._steps[path] = group
         else:
             self._newest = group

@@ -3,7 +3,6 @@
 Shapes: B sequences (samples x windows), H heads, Q queries, K keys, D head dimensions.
 """
 
-import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -284,7 +283,8 @@ def _not_in(attended: set[Source], documented: list[int] | None, parts: Sequence
     """Return the parts that may be heads: none of them is a window of what is attended over."""
     if documented is None:
         return None
-    return [i for i in documented if (part := parts[i]) is not None and part.source not in attended]
+    known = {source for source in attended if source.kind is SourceKind.PLACES}
+    return [i for i in documented if (part := parts[i]) is not None and part.source not in known]
 
 
 def _place_unknown(
@@ -478,13 +478,13 @@ def same_sequences(query: Layout, rows: Axis, key: Layout, keys: Axis, shared: S
         keys: their axis of keys.
         shared: axes that are multiplied entry by entry.
     """
+    attended = _closure((*rows, *keys))
     for mine, theirs in shared:
         places_of_both = ([p for p in axis if p.source.kind is SourceKind.PLACES] for axis in (mine, theirs))
-        for one, other in itertools.product(*places_of_both):
-            related = one.source is not other.source and _closure([one]) & _closure([other])
+        for one, other in zip(*places_of_both, strict=False):
+            related = one.source is not other.source and _closure([one]) & _closure([other]) - attended
             if related and not _are_same_picks(one.source, other.source):
                 return False
-    attended = _closure((*rows, *keys))
     of_query, of_key = ({*sources_of(x.parts), *(source for source, _ in x.fixed)} for x in (query, key))
     return all(
         _start(query, source) == _start(key, source)
