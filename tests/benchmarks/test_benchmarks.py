@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import analyze, machine, overhead, sampling, statistics, throughput
+from benchmarks import analyze, following, machine, overhead, sampling, statistics, throughput
 from gpt import data
 
 ROOT = Path(__file__).parents[2]
@@ -84,3 +84,9 @@ def test_analyze(capsys):
     found = analyze.main(["--layers", "1", "--heads", "2", "--width", "8", "--rounds", "1"])
     assert 0 < found["start"] < found["all"]
     assert "1 layers of 2 heads, 60 tokens, all pictures" in capsys.readouterr().out
+
+
+def test_following_prints_what_it_costs(capsys):
+    result = following.main(["--layers=1", "--width=64", "--tokens=8", "--sequences=1", "--pairs=3"])
+    assert result["forward_ms"] > 0
+    assert "following it costs" in capsys.readouterr().out

@@ -135,6 +135,9 @@ def of_scores(
         group.sort()
     if not roles.rows:
         own = [i for i in batch if (part := parts[i]) is not None and part.source in key_sources]
+        if any(part.source.kind is SourceKind.UNSEEN for part in layout.axes[columns]):  # gathered for each query
+            others = [i for i in batch if (part := parts[i]) is not None and part.source is not first]
+            own = own or (others if len(others) == 1 < len(batch) else [])
         if own:
             roles.rows, roles.own_keys = own, True
             batch = [i for i in batch if i not in own]
