@@ -97,7 +97,7 @@ def test_a_probe_with_its_tokenizer_and_a_place_to_log_to(tmp_path):
     events = read(tmp_path / "here")
     assert [event.step for event in events.Images("attention_maps/text")] == [0, 3, 4]
     assert set(events.Tags()["scalars"]) == {
-        "attention_entropy/mean", *(f"attention_entropy/L00H{head:02d}" for head in range(4)),
+        "attention_entropy/mean", *(f"attention_entropy/L01H{head:02d}" for head in range(4)),
     }  # fmt: skip
 
 
