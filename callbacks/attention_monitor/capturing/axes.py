@@ -47,7 +47,7 @@ class Source:
     kind: SourceKind = SourceKind.PLACES
     made_of: "tuple[Source, ...]" = ()
     weight: Any = None
-    segments: "list[tuple[int, Axis]]" = field(default_factory=list)
+    segments: "tuple[tuple[int, Axis], ...]" = ()
     picked: "Axis | None" = None
     picks: Tensor | None = None
     is_columns: bool = False

@@ -92,7 +92,7 @@ class Step:
             kind = SourceKind.UNSEEN
 
         def make() -> Source:
-            return Source(size, kind, sources_of(axis), segments=list(segments))
+            return Source(size, kind, sources_of(axis), segments=tuple(segments))
 
         return axis_of(self.origins.same_source((axis, size, *how), make))
 
@@ -115,11 +115,13 @@ def layouts_of(step: Step) -> Sequence[Layout]:
 
 
 def _fits(layout: Layout, shape: torch.Size) -> bool:
-    return len(layout.axes) == len(shape) and all(map(_has_size, layout.axes, shape))
-
-
-def _has_size(axis: Axis, size: int) -> bool:
-    return _size(axis) == size
+    axes = layout.axes
+    if len(axes) != len(shape):
+        return False
+    for axis, size in zip(axes, shape, strict=True):
+        if (axis[0].size if len(axis) == 1 else _size(axis)) != size:  # on every function of a forward
+            return False
+    return True
 
 
 def elementwise(step: Step) -> Sequence[Layout]:
@@ -657,10 +659,10 @@ def _written(step: Step) -> Layout:
     of_value = step.layout(value)
     for axis, written in zip(reversed(target.axes), reversed(of_value.axes), strict=False):
         if len(axis) == 1 and written and axis[0].stride == 1 and axis[0].source not in sources_of(written):
-            axis[0].source.segments.append((axis[0].start, written))
+            axis[0].source.segments += ((axis[0].start, written),)
     for part in singles_of(target, None if target is layout else layout):  # one entry is written
         if single := singles_of(of_value, target):
-            part.source.segments.append((part.start, single))
+            part.source.segments += ((part.start, single),)
     return layout
 
 

@@ -347,12 +347,14 @@ class Places:
         positions: (Q,) position of each query among the keys; None: not known.
         is_seen: whether it was seen what made queries and keys.
         are_apart: whether they are different entries of one sequence.
+        are_alike: whether each query is at the key of its own number.
     """
 
     same_tokens: bool | None
     positions: Tensor | None = None
     is_seen: bool = True
     are_apart: bool = False
+    are_alike: bool = False
 
 
 def places(query: Layout, rows: Axis, key: Layout, keys: Axis, *, own_keys: bool = False) -> Places:
@@ -369,6 +371,8 @@ def places(query: Layout, rows: Axis, key: Layout, keys: Axis, *, own_keys: bool
         return Places(None, is_seen=False)
     if not keys or 0 in [part.size for part in (*rows, *keys)]:
         return Places(None)
+    if rows == keys and not own_keys and all(_start(query, p.source) == _start(key, p.source) for p in rows):
+        return Places(True, are_alike=True)
     Q = math.prod(part.size for part in rows)
     if own_keys:
         coordinates = {part.source: torch.tensor([_start(query, part.source)], device="cpu") for part in rows}

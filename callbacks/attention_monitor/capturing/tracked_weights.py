@@ -63,7 +63,7 @@ class SoftmaxInput:
         scores = result.detach().log() if result.data_ptr() == given.data_ptr() else given.detach()
         of_axis = layout.axes[axis]
         kind = SourceKind.FEATURES if is_features(of_axis) else SourceKind.PLACES
-        columns = Source(given.shape[axis], kind, segments=[(0, of_axis)], is_columns=True)
+        columns = Source(given.shape[axis], kind, segments=((0, of_axis),), is_columns=True)
         versions = _version(scores), _version(result)
         return cls(scores, layout, weakref.ref(result), versions, axis, columns, tag, outcome)
 

@@ -93,6 +93,8 @@ class FunctionCall:
             told = {"self_attention": False}  # of another depth: what an encoder made of the tokens; other sequences
         elif found.are_apart:
             told = {"self_attention": False}
+        elif found.are_alike and shares_windows(q_layout, k_layout, rows, keys):
+            told = {"self_attention": True}
         elif found.same_tokens:
             positions = found.positions if own_keys or shares_windows(q_layout, k_layout, rows, keys) else None
             told = {"self_attention": True, "query_positions": positions, "positions_known": positions is not None}
