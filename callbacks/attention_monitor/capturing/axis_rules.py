@@ -169,6 +169,8 @@ def _reshape(step: Step) -> Sequence[Layout]:
     return [reshaped(layout, made.shape) for made in step.made]
 
 
+_IN_PLACE = (Tensor.transpose_, Tensor.swapaxes_, Tensor.swapdims_, Tensor.t_)
+
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
@@ -183,7 +185,9 @@ def _by_stand_in(step: Step) -> Sequence[Layout]:
     if len(step.given) > 1:  # max(x, y)
         return elementwise(step)
     layout = step.layout(x)
-    small = step.func(_stand_in(x.dim(), x.dtype).clone(), *step.args[1:], **step.kwargs)  # some turn it in place
+    small = _stand_in(x.dim(), x.dtype)
+    small = small.clone() if step.func in _IN_PLACE else small
+    small = step.func(small, *step.args[1:], **step.kwargs)
     results = [small] if isinstance(small, Tensor) else list(small)
     return [
         Layout(tuple([layout.axes[_SIZES.index(size)] if size != 1 else () for size in result.shape]), layout.fixed)

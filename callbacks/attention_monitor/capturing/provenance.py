@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .axes import Layout, Source, SourceKind, axis_of, new_layout
-from .axis_rules import Step, layouts_of
+from .axis_rules import RULES, Step, layouts_of
 from .origin import Origin
 from .running_modules import Frame
 from .torch_functions import HARMLESS, KINDS, Kind
@@ -150,8 +150,11 @@ class Origins:
         is_data = any(parent.is_data for parent in parents)
         is_projection, factors = False, None
         kind = KINDS.get(func)
-        step = Step(func, args, kwargs, given, made, self)
-        layouts = layouts_of(step)
+        data = [x for x, parent in zip(given, parents, strict=True) if parent.is_data]
+        if len(data) == 1 == len(made) and func not in RULES and data[0].shape == made[0].shape:
+            layouts: Sequence[Layout] = (self.layout_of(data[0]),)  # nearly every function; nothing else is looked at
+        else:
+            layouts = layouts_of(Step(func, args, kwargs, given, made, self))
         if kind is not None:
             if kind is Kind.LAYER:
                 is_data = is_projection = True  # learned tokens, once they are projected, are as good as data
